@@ -1,0 +1,75 @@
+"""`moec env`: versions and hardware, to paste into a report."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+from .. import host
+from ..errors import TargetError
+from .console import Console, size
+
+_PACKAGES = (
+    "moec",
+    "apache-tvm",
+    "apache-tvm-ffi",
+    "numpy",
+    "ml_dtypes",
+    "safetensors",
+    "onnx",
+    "torch",
+    "transformers",
+)
+# Of the hundred flags of a CPU, those that a kernel may use.
+_TELLING = ("avx", "fma", "f16c", "bmi2", "amx", "sse4_2", "asimd", "sve", "sme", "bf16", "i8mm")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Print the environment; 0 even when it is not fit for use, which it says."""
+    facts = collect()
+    if args.json:
+        console.json(facts)
+    else:
+        width = max(map(len, facts))
+        for key, value in facts.items():
+            text = " ".join(value) if isinstance(value, list) else str(value)
+            console.data(f"{key.ljust(width)}  {text}")
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Facts by name."""
+    machine = host.host()
+    facts: dict[str, Any] = {name: host.installed(name) or "-" for name in _PACKAGES}
+    facts["packages"] = _packages()
+    facts["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
+    facts["system"] = f"{machine.os} {machine.arch} {platform.release()}"
+    facts["cpu"] = machine.cpu
+    facts["features"] = sorted(f for f in machine.features if f.startswith(_TELLING))
+    facts["cores"] = machine.cores
+    facts["memory"] = f"{size(machine.memory_total)}, {size(machine.memory_available)} available"
+    facts["compiler"] = _compiler()
+    return facts
+
+
+def _packages() -> str:
+    try:
+        host.check_packages()
+    except TargetError as error:
+        return f"{error.message}; {error.hint}"
+    return "ok, the pair that moec is built for"
+
+
+def _compiler() -> str:
+    for name in ("cc", "gcc", "clang"):
+        path = shutil.which(name)
+        if path:
+            try:
+                run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=9)
+            except (OSError, subprocess.SubprocessError):
+                continue
+            return f"{path}: {run.stdout.strip().splitlines()[0] if run.stdout else '?'}"
+    return "none found: 'moec compile' needs cc, gcc or clang to link"

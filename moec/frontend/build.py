@@ -1,0 +1,183 @@
+"""From a family, a config and headers to one Block: its MoESpec and its WeightPlan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..errors import BadSpec, BadWeights
+from ..spec import MoESpec
+from ..weights import ParamPlan, Piece, WeightPlan
+from .family import Family
+from .sources import SLOTS, Source, combinations, make_pieces, parse_source
+from .values import Fields, resolve
+
+# Routers may be kept in another precision than the model; everything else is one dtype.
+_OWN_DTYPE = ("router", "shared_router")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MoE block of a model: what it computes and where its weights lie."""
+
+    layer: int
+    spec: MoESpec
+    plan: WeightPlan
+    layout: str
+
+
+def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoESpec:
+    """The MoESpec that the family's templates give; BadSpec tells which fields were read."""
+    family, values = fields.family, fields.values
+    shared = resolve(family.shared, fields) or None
+    if shared is not None and not shared.get("intermediate_size"):
+        shared = None  # a width of 0 or null is how configs say that there is none
+    activation = resolve(family.activation, fields)
+    sizes = {"num_experts": values["num_experts"], "top_k": values["top_k"]}
+    data: dict[str, Any] = {
+        "dtype": dtype,
+        "router": {**sizes, **resolve(family.router, fields)},
+        "experts": {
+            **sizes,
+            "hidden_size": values["hidden_size"],
+            "intermediate_size": values["intermediate_size"],
+            "activation": activation,
+            **resolve(family.experts, fields),
+        },
+        "shared": shared and {"activation": activation, **shared},
+        "norms": resolve(family.norms, fields),
+        "weight_dtypes": sorted(weight_dtypes.items()),
+    }
+    try:
+        return MoESpec.from_json(data)
+    except BadSpec as error:
+        names = ("num_experts", "top_k", "hidden_size", "intermediate_size")
+        groups = tuple(n for n in values if "group" in n)
+        raise BadSpec(
+            error.message,
+            where="config.json",
+            need=error.need,
+            hint=f"the config says {fields.describe((*names, *groups))}",
+        ) from None
+
+
+def make_block(checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str) -> Block:
+    """The block of `layer`; what is missing on disk is left to `plan.problems`."""
+    family = fields.family
+    base = prefix + family.layer.replace("{L}", str(layer))
+    spec = make_spec(fields, dtype, {})
+    dims = _dims(spec)
+    layout = choose_layout(checkpoint, family, base, dims)
+    sources = _sources(checkpoint, family, base, layout)
+    dtypes = {
+        name: checkpoint.tensors[base + sources[name].name].dtype
+        for name in _OWN_DTYPE
+        if name in spec.parameters() and base + sources[name].name in checkpoint.tensors
+    }
+    spec = make_spec(fields, dtype, {k: v for k, v in dtypes.items() if v != dtype})
+    params = []
+    for name, parameter in spec.parameters().items():
+        pieces = _pieces(name, sources, base, dims, family.source)
+        per_expert = SLOTS[combinations(name)[0][0]].per_expert
+        params.append((name, ParamPlan(parameter.shape, parameter.dtype, per_expert, pieces)))
+    plan = WeightPlan(tuple(params), tuple(base + owned for owned in family.owns))
+    return Block(layer, spec, plan, layout)
+
+
+def _dims(spec: MoESpec) -> dict[str, int]:
+    e = spec.experts
+    return {
+        "E": e.num_experts,
+        "H": e.hidden_size,
+        "I": e.intermediate_size,
+        "F": spec.shared.intermediate_size if spec.shared else 0,
+        "1": 1,
+    }
+
+
+def _table(family: Family, layout: str) -> dict[str, Any]:
+    own = {
+        slot: source.replace("{x}", family.block) if isinstance(source, str) else source
+        for slot, source in family.layouts[layout].items()
+    }
+    # A layout that says how gate and up are stored replaces every other way of saying it.
+    return {**family.tensors, **own}
+
+
+def _sources(
+    checkpoint: Checkpoint, family: Family, base: str, layout: str
+) -> dict[str, Source]:
+    out: dict[str, Source] = {}
+    for slot, value in _table(family, layout).items():
+        if slot not in SLOTS:
+            raise BadSpec(f"unknown tensor {slot!r}", where=family.source, need=", ".join(SLOTS))
+        choices = [parse_source(v, family.source) for v in (
+            value if isinstance(value, list) else [value]
+        )]  # fmt: skip
+        found = (c for c in choices if base + c.name.replace("{e}", "0") in checkpoint.tensors)
+        out[slot] = next(found, choices[0])
+    return out
+
+
+def choose_layout(
+    checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]
+) -> str:
+    """The layout of which most expert tensors are there, with the shapes that it states.
+
+    Ties go to the layout that the family lists first.
+    """
+    best, best_score = next(iter(family.layouts)), (0.0, 0.0)
+    for layout in family.layouts:
+        names = present = fitting = 0
+        for slot, source in _sources(checkpoint, family, base, layout).items():
+            if SLOTS[slot].param not in ("gate_up", "down"):
+                continue
+            shape = source.shape(dims)
+            for e in range(dims["E"] if "{e}" in source.name else 1):
+                info = checkpoint.tensors.get(base + source.name.replace("{e}", str(e)))
+                names += 1
+                present += info is not None
+                fitting += info is not None and info.shape == shape
+        score = (present / names, fitting / names) if names else (0.0, 0.0)
+        if score > best_score:
+            best, best_score = layout, score
+    return best
+
+
+def _pieces(
+    param: str, sources: dict[str, Source], base: str, dims: dict[str, int], where: str
+) -> tuple[Piece, ...]:
+    for slots in combinations(param):
+        if all(slot in sources for slot in slots):
+            pieces: list[Piece] = []
+            for slot in slots:
+                row = pieces[-1].rows[1] if pieces else 0
+                source = sources[slot]
+                name = base + source.name
+                pieces += make_pieces(SLOTS[slot], source, name, row, dims, where)
+            return tuple(pieces)
+    raise BadSpec(
+        f"the family names no tensor for {param}",
+        where=where,
+        need=" or ".join(" and ".join(slots) for slots in combinations(param)),
+    )
+
+
+def holds_experts(checkpoint: Checkpoint, family: Family, base: str) -> str | None:
+    """The name of an expert tensor that exists below `base`, whatever the config says."""
+    for layout in family.layouts:
+        sources = _sources(checkpoint, family, base, layout)
+        down = sources.get("down")
+        name = base + down.name.replace("{e}", "0") if down else ""
+        # `{x}down_proj` without the experts level is also the name of a dense layer's matrix.
+        if down and name in checkpoint.tensors and len(checkpoint.tensors[name].shape) == len(
+            down.axes
+        ):
+            return name
+    return None
+
+
+def unfit(message: str, checkpoint: Checkpoint, need: str, hint: str | None = None) -> BadWeights:
+    """A BadWeights about the whole checkpoint."""
+    return BadWeights(message, where=str(checkpoint.path), need=need, hint=hint)

@@ -1,0 +1,124 @@
+"""Which family a config belongs to, and the errors that say why none fits."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+
+from ..checkpoint import Checkpoint
+from ..errors import BadSpec
+from .family import Family, builtin, common
+from .values import Config
+
+_NESTED = "text_config"
+
+
+def find_family(checkpoint: Checkpoint, families: Iterable[Family]) -> tuple[Family, Config]:
+    """The family of `checkpoint` and the (nested) config that holds its fields.
+
+    Raises BadSpec for a model type that is unknown, refused, or quantized.
+    """
+    families = tuple(families)
+    config = checkpoint.config
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise BadSpec(
+            "model_type is missing", where="config.json", need="the name of a model family"
+        )
+    for path, inner in _candidates(config):
+        for family in families:
+            if inner.get("model_type") in family.model_types or (
+                path and family.wrappers.get(model_type) == path
+            ):
+                _refuse_quantized(config, inner)
+                _refuse_unknown_fields(family, inner)
+                return family, inner
+    if model_type in common().refused:
+        raise BadSpec(
+            f"the model type {model_type!r} is not supported: {common().refused[model_type]}",
+            where="config.json",
+            need="a stateless MoE layer",
+        )
+    raise _unknown(checkpoint, model_type, families)
+
+
+def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
+    yield "", config
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            yield name, value
+
+
+def _refuse_quantized(*configs: Config) -> None:
+    for config in configs:
+        for key in ("quantization_config", "compression_config"):
+            value = config.get(key)
+            if value is not None:
+                method = value.get("quant_method") if isinstance(value, dict) else value
+                raise BadSpec(
+                    f"{key}: {method!r} weights are not supported yet",
+                    where="config.json",
+                    need="float32, bfloat16 or float16 weights",
+                    hint="use a checkpoint of the same model that is not quantized",
+                )
+
+
+def looks_like_moe(key: str) -> bool:
+    """Whether a config key sounds as if it changed what an MoE layer computes."""
+    return any(re.search(pattern, key) for pattern in common().looks_like_moe)
+
+
+def _refuse_unknown_fields(family: Family, config: Config) -> None:
+    known = {key for field in family.config.values() for key in field.keys}
+    known |= {*family.ignore, *common().ignore}
+    # A null says that the feature is off in every config format that writes nulls.
+    unknown = sorted(
+        k for k, v in config.items() if looks_like_moe(k) and k not in known and v is not None
+    )
+    if unknown:
+        raise BadSpec(
+            f"{', '.join(unknown)}: not understood for the family {family.family}",
+            where="config.json",
+            need=f"fields that {family.source} reads or ignores",
+            hint="if they do not change what the layer computes, copy that file, add them to"
+            " `ignore`, and pass it with --family FILE",
+        )
+
+
+def _unknown(checkpoint: Checkpoint, model_type: str, families: tuple[Family, ...]) -> BadSpec:
+    config = checkpoint.config
+    inner = config.get(_NESTED)
+    fields = {**config, **(inner if isinstance(inner, dict) else {})}
+    odd = sorted(k for k in fields if looks_like_moe(k) and k not in common().ignore)
+    near = nearest(model_type, set(fields), families or builtin())
+    if not odd:
+        return BadSpec(
+            f"the model type {model_type!r} is not known, and no field of the config is about"
+            " experts",
+            where="config.json",
+            need="a Mixture-of-Experts model",
+            hint=f"known families: {', '.join(f.family for f in families)}",
+        )
+    shown = ", ".join(f"{k} = {fields[k]!r}"[:60] for k in odd[:12])
+    experts = sorted({re.sub(r"\d+", "N", n) for n in checkpoint.tensors if "expert" in n})
+    tensors = f"; tensors: {', '.join(experts[:6])}" if experts else ""
+    return BadSpec(
+        f"the model type {model_type!r} is not known",
+        where="config.json",
+        need=f"one of the known families; the nearest is {near.family}",
+        hint=f"describe it in a family file like {near.source} and pass --family FILE;"
+        f" not understood: {shown}{tensors}",
+    )
+
+
+def nearest(model_type: str, keys: set[str], families: Iterable[Family]) -> Family:
+    """The family whose MoE fields and name are most like the given ones."""
+
+    def likeness(family: Family) -> float:
+        own = {k for f in family.config.values() for k in f.keys if looks_like_moe(k)}
+        shared = len(own & keys) / max(len(own), 1)
+        names = (difflib.SequenceMatcher(None, model_type, m).ratio() for m in family.model_types)
+        return shared + max(names)
+
+    return max(families, key=likeness)

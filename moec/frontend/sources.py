@@ -1,0 +1,143 @@
+"""Tensor sources as families write them, `"mlp.experts.gate_up_proj [E,H,2I] interleaved"`.
+
+The symbols between the brackets state the layout on disk: E experts, I intermediate, H
+hidden, F shared width, 1; `2I` is gate and up in one axis, `E*I` experts one after another.
+Orientation follows from the symbols alone, so equal sizes never make it a guess.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadSpec
+from ..weights import Axis, Piece
+
+_SOURCE = re.compile(r"(\S+) \[([^\]]+)\]( interleaved)?")
+_AXIS = re.compile(r"(E\*)?(2?)([EHIF]|1)")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that a source fills: parameter, canonical axes (per expert), per expert or not."""
+
+    param: str
+    axes: tuple[str, ...]
+    per_expert: bool
+
+
+SLOTS: dict[str, Slot] = {
+    "router": Slot("router", ("E", "H"), False),
+    "gate": Slot("gate_up", ("I", "H"), True),
+    "up": Slot("gate_up", ("I", "H"), True),
+    "gate_up": Slot("gate_up", ("2I", "H"), True),
+    "down": Slot("down", ("H", "I"), True),
+    "shared_gate": Slot("shared_gate_up", ("F", "H"), False),
+    "shared_up": Slot("shared_gate_up", ("F", "H"), False),
+    "shared_gate_up": Slot("shared_gate_up", ("2F", "H"), False),
+    "shared_down": Slot("shared_down", ("H", "F"), False),
+    "shared_router": Slot("shared_router", ("1", "H"), False),
+    "router_bias": Slot("router_bias", ("E",), False),
+    "selection_bias": Slot("selection_bias", ("E",), False),
+    "per_expert_scale": Slot("per_expert_scale", ("E",), False),
+    "gate_bias": Slot("gate_up_bias", ("I",), True),
+    "up_bias": Slot("gate_up_bias", ("I",), True),
+    "gate_up_bias": Slot("gate_up_bias", ("2I",), True),
+    "down_bias": Slot("down_bias", ("H",), True),
+    "norm_router_input": Slot("norm_router_input", ("H",), False),
+    "norm_experts_input": Slot("norm_experts_input", ("H",), False),
+    "norm_experts_output": Slot("norm_experts_output", ("H",), False),
+    "norm_shared_input": Slot("norm_shared_input", ("H",), False),
+    "norm_shared_output": Slot("norm_shared_output", ("H",), False),
+    "norm_block_output": Slot("norm_block_output", ("H",), False),
+}
+# Slots that together fill a parameter, in row order, best first; others are one to one.
+_TOGETHER = {
+    "gate_up": (("gate_up",), ("gate", "up"), ("up",)),
+    "gate_up_bias": (("gate_up_bias",), ("gate_bias", "up_bias"), ("up_bias",)),
+    "shared_gate_up": (("shared_gate_up",), ("shared_gate", "shared_up"), ("shared_up",)),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One parsed source: the tensor's name below the layer, its axes on disk, its order."""
+
+    name: str
+    axes: tuple[str, ...]
+    interleaved: bool
+
+    def shape(self, dims: dict[str, int]) -> tuple[int, ...]:
+        """The shape on disk for the sizes `dims`."""
+        return tuple(_size(axis, dims) for axis in self.axes)
+
+
+def parse_source(text: Any, where: str) -> Source:
+    """Parse one source; BadSpec naming the family file when it is malformed."""
+    match = _SOURCE.fullmatch(text) if isinstance(text, str) else None
+    axes = tuple(a.strip() for a in match[2].split(",")) if match else ()
+    if match is None or not all(_AXIS.fullmatch(a) for a in axes):
+        raise BadSpec(
+            f"{text!r} is no tensor source",
+            where=where,
+            need="name [AXES] or name [AXES] interleaved, axes of E, I, H, F, 1, 2I, 2F, E*I",
+        )
+    return Source(match[1], axes, match[3] is not None)
+
+
+def combinations(param: str) -> tuple[tuple[str, ...], ...]:
+    """The ways in which slots can fill `param`, best first."""
+    return _TOGETHER.get(param, ((param,),))
+
+
+def _size(axis: str, dims: dict[str, int]) -> int:
+    match = _AXIS.fullmatch(axis)
+    assert match is not None
+    size = dims[match[3]] * (2 if match[2] else 1)
+    return size * dims["E"] if match[1] else size
+
+
+def make_pieces(
+    slot: Slot, source: Source, tensor: str, first_row: int, dims: dict[str, int], where: str
+) -> tuple[Piece, ...]:
+    """The pieces by which `source`, named `tensor` in the file, fills rows from `first_row`."""
+    index, rest = _slices(slot, source, dims)
+    transpose = rest != slot.axes and rest == slot.axes[::-1]
+    if rest != slot.axes and not transpose:
+        raise BadSpec(
+            f"{source.name} {list(source.axes)} cannot fill {slot.param} {list(slot.axes)}",
+            where=where,
+        )
+    shape = source.shape(dims)
+    rows = _size(slot.axes[0], dims)
+    if not source.interleaved:
+        return (Piece(tensor, shape, (first_row, first_row + rows), tuple(index), transpose),)
+    if not slot.axes[0].startswith("2"):
+        raise BadSpec(f"{source.name}: only a 2I or 2F axis is interleaved", where=where)
+    pieces = []
+    for start in (0, 1):
+        index[source.axes.index(slot.axes[0])] = (start, rows, 2)
+        half = rows // 2
+        span = (first_row + start * half, first_row + (start + 1) * half)
+        pieces.append(Piece(tensor, shape, span, tuple(index), transpose))
+    return tuple(pieces)
+
+
+def _slices(
+    slot: Slot, source: Source, dims: dict[str, int]
+) -> tuple[list[Axis], tuple[str, ...]]:
+    index: list[Axis] = []
+    rest: list[str] = []
+    for axis in source.axes:
+        if slot.per_expert and axis == "E":
+            index.append("e")
+            continue
+        if slot.per_expert and axis.startswith("E*"):
+            axis = axis[2:]
+            index.append(("e", _size(axis, dims)))
+        else:
+            index.append((0, _size(axis, dims), 1))
+        if axis != "1" or "1" in slot.axes:
+            rest.append(axis)
+    return index, tuple(rest)

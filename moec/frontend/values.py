@@ -1,0 +1,175 @@
+"""Config fields as a family declares them, and the templates that refer to them.
+
+A template is a literal, "$field", a table or list of templates, or one operator table:
+{ if, then, else }   { map, to }   { product }   { power }   { first }
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadSpec
+from .family import Family, Field, common
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The resolved config entries of one model, by the names that the family gave them."""
+
+    family: Family
+    values: dict[str, Any]
+
+    def key(self, name: str) -> str:
+        """The name in config.json, for messages."""
+        return " / ".join(self.family.config[name].keys)
+
+    def describe(self, names: tuple[str, ...]) -> str:
+        """`num_experts_per_tok = 2, ...` for messages."""
+        return ", ".join(f"{self.key(n)} = {self.values[n]}" for n in names)
+
+
+def read_fields(family: Family, config: Config) -> Fields:
+    """Every declared field of `config`; BadSpec names the field that is absent or wrong."""
+    fields = Fields(family, {n: _read(n, f, config) for n, f in family.config.items()})
+    for name, allowed in family.require.items():
+        value = fields.values[name]
+        if value is not None and value not in allowed:
+            raise BadSpec(
+                f"{fields.key(name)}: {value!r} is not known for the family {family.family}",
+                where="config.json",
+                need=" or ".join(repr(a) for a in allowed),
+            )
+    return fields
+
+
+def _read(name: str, field: Field, config: Config) -> Any:
+    present = {key: config[key] for key in field.keys if key in config}
+    if not present:
+        if field.required:
+            raise BadSpec(
+                f"{' / '.join(field.keys)} is missing", where="config.json", need=_WORDS[field.kind]
+            )
+        return field.default
+    values = list(present.values())
+    if any(v != values[0] or type(v) is not type(values[0]) for v in values[1:]):
+        shown = ", ".join(f"{k} = {v!r}" for k, v in present.items())
+        raise BadSpec(f"{shown} contradict each other", where="config.json", need="one value")
+    key, value = next(iter(present.items()))
+    if value is None:
+        if field.optional:
+            return None
+        raise BadSpec(f"{key} is null", where="config.json", need=_WORDS[field.kind])
+    return _typed(key, field.kind, value)
+
+
+_WORDS = {
+    "size": "a positive integer",
+    "count": "an integer of at least 0",
+    "integer": "an integer",
+    "number": "a finite number",
+    "flag": "true or false",
+    "text": "a string",
+    "ints": "a list of integers",
+    "texts": "a list of strings",
+}
+
+
+def _typed(key: str, kind: str, value: Any) -> Any:
+    if kind == "ints" and isinstance(value, str):  # "3,4,5" in the config of one family
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        value = [int(part) if part.isdecimal() else part for part in parts]
+    if not _fits(kind, value):
+        raise BadSpec(f"{key}: {value!r} is not valid", where="config.json", need=_WORDS[kind])
+    return float(value) if kind == "number" else value
+
+
+def _fits(kind: str, value: Any) -> bool:
+    whole = type(value) is int and abs(value) < 1 << 40
+    if kind == "size":
+        return whole and value >= 1
+    if kind == "count":
+        return whole and value >= 0
+    if kind == "integer":
+        return whole
+    if kind == "number":
+        return whole or (type(value) is float and math.isfinite(value))
+    if kind == "flag":
+        return type(value) is bool
+    if kind == "text":
+        return isinstance(value, str)
+    item = int if kind == "ints" else str
+    return isinstance(value, list) and all(type(v) is item for v in value)
+
+
+def resolve(template: Any, fields: Fields) -> Any:
+    """The value of a template; BadSpec when it does not fit the config or is malformed."""
+    if isinstance(template, str) and template.startswith("$"):
+        return _lookup(template, fields)
+    if isinstance(template, list):
+        return [resolve(t, fields) for t in template]
+    if isinstance(template, dict):
+        for operator, function in _OPERATORS.items():
+            if operator in template:
+                return function(template, fields)
+        return {k: resolve(v, fields) for k, v in template.items()}
+    return template
+
+
+def _lookup(reference: Any, fields: Fields) -> Any:
+    name = reference[1:] if isinstance(reference, str) else None
+    if name not in fields.values:
+        raise BadSpec(
+            f"{reference!r} refers to no config field", where=fields.family.source, need="[config]"
+        )
+    return fields.values[name]
+
+
+def _if(template: Config, fields: Fields) -> Any:
+    chosen = "then" if resolve(template["if"], fields) else "else"
+    return resolve(template.get(chosen), fields)
+
+
+def _map(template: Config, fields: Fields) -> Any:
+    value = resolve(template["map"], fields)
+    table = template["to"]
+    if isinstance(table, str):
+        table = common().maps[table]
+    if str(value) not in table:
+        raise BadSpec(
+            f"{fields.key(template['map'][1:])}: {value!r} is not known",
+            where="config.json",
+            need=", ".join(sorted(table)),
+            hint=f"the family file {fields.family.source} says what each name means",
+        )
+    return resolve(table[str(value)], fields)
+
+
+def _numbers(template: Config, operator: str, fields: Fields) -> list[Any]:
+    values = [resolve(t, fields) for t in template[operator]]
+    if any(v is None for v in values):
+        return []
+    if not all(type(v) in (int, float) for v in values):
+        raise BadSpec(f"{template}: {values} are not numbers", where=fields.family.source)
+    return values
+
+
+def _product(template: Config, fields: Fields) -> Any:
+    values = _numbers(template, "product", fields)
+    return math.prod(values) if values else None
+
+
+def _power(template: Config, fields: Fields) -> Any:
+    values = _numbers(template, "power", fields)
+    return values[0] ** values[1] if values else None
+
+
+def _first(template: Config, fields: Fields) -> Any:
+    values = (resolve(t, fields) for t in template["first"])
+    return next((v for v in values if v is not None), None)
+
+
+_OPERATORS = {"if": _if, "map": _map, "product": _product, "power": _power, "first": _first}

@@ -1,0 +1,79 @@
+"""Finds and loads the native libraries: libtvm_ffi, libtvm_runtime and compiled ones.
+
+Neither `tvm` nor `tvm_ffi` is imported, so the compiler (259 MB) is never mapped. Loading
+runs native code: check an artifact's hashes before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+from .. import host
+from ..errors import ArtifactError, TargetError
+from .abi import Ffi, Object
+
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+@functools.cache
+def runtime() -> Ffi:
+    """The TVM runtime of this process, loaded on first use.
+
+    Raises TargetError in one sentence when the pinned packages are absent or others.
+    """
+    host.check_packages()
+    # Both go into the global namespace: compiled libraries look their symbols up there.
+    ffi = _load("tvm_ffi", f"libtvm_ffi{_SUFFIX}")
+    _load("tvm", f"libtvm_runtime{_SUFFIX}")
+    return Ffi(ffi)
+
+
+def backend() -> ctypes.CDLL:
+    """libtvm_runtime, for the few C++ symbols that have no registered function."""
+    runtime()
+    return _load("tvm", f"libtvm_runtime{_SUFFIX}")
+
+
+class Library:
+    """A compiled library; functions are looked up by symbol and then kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._ffi = runtime()
+        self._path = path
+        self._get = self._ffi.function("ffi.ModuleGetFunction")
+        # Held as long as this value lives: unloading would take the code from under a caller.
+        self._module = self._ffi.call(self._ffi.function("ffi.ModuleLoadFromFile"), str(path))
+        self._functions: dict[str, Object] = {}
+
+    def function(self, symbol: str) -> Object:
+        """The compiled function `symbol`; ArtifactError if the library does not have it."""
+        found = self._functions.get(symbol)
+        if found is None:
+            found = self._ffi.call(self._get, self._module, symbol, False)
+            if found is None:
+                raise ArtifactError(
+                    f"the library has no function {symbol!r}",
+                    where=str(self._path),
+                    need="every symbol that the manifest names",
+                    hint="compile the artifact again",
+                )
+            self._functions[symbol] = found
+        return found
+
+
+@functools.cache
+def _load(package: str, name: str) -> ctypes.CDLL:
+    spec = importlib.util.find_spec(package)  # finds, does not import
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder) / "lib" / name
+        if path.is_file():
+            try:
+                return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                raise TargetError(f"{name} cannot be loaded: {error}", where=str(path)) from None
+    pins = " ".join(f"{key}=={versions[0]}" for key, versions in host.PINNED.items())
+    raise TargetError(f"package {package} has no {name}", need=pins, hint=f"pip install {pins}")

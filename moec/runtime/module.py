@@ -1,0 +1,257 @@
+"""Loads an artifact and runs its blocks: the public face of the runtime.
+
+    model = moec.load("model.moec")
+    y = model[3](x)                              # layer 3: route, experts, shared experts
+    ids, weights = model[3].route(x)
+    y = model[3].experts(x, ids, weights)        # with a router of your own
+
+Tensors are NumPy, torch or DLPack, [T, H] in the model's dtype; results are of the kind of
+x. Every method is safe to call from several threads. After os.fork() a child may go on
+using a model; there, the thread that forked works alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import host
+from ..artifact import Artifact, Target, Verify
+from ..artifact import Block as BlockEntry
+from ..errors import InputError, MoecError, TargetError, UsageError
+from ..spec import MoESpec
+from .binding import Binding
+from .call import Call
+from .libraries import Library
+from .tensors import view
+
+_MOST_THREADS = 4096
+_RUNNABLE = ("cpu",)
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    verify: Verify | str = Verify.FULL,
+) -> Model:
+    """Load the artifact at `path` for `device` ("cpu").
+
+    `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
+    is how many parts a call is split into, by default the cores that this process may use;
+    it never changes a result. `verify` "full" hashes every file first; "library" skips the
+    contents of weight files, which makes opening large artifacts fast.
+
+    Raises ArtifactError (damaged, or made by versions that do not fit), TargetError (nothing
+    in it runs here), UsageError (no artifact, missing checkpoint, senseless argument).
+    """
+    parts = _threads(threads)
+    artifact = Artifact.open(path, verify)
+    name = _choose_target(artifact, device)
+    workers = min(parts, host.cores())
+    try:
+        library = Library(artifact.file(artifact.manifest.targets[name].library))
+    except MoecError as error:
+        if type(error) is not MoecError:
+            raise
+        raise TargetError(
+            "the library cannot be loaded", where=error.message, hint="compile the artifact again"
+        ) from None
+    binding = Binding(artifact, name, library, checkpoint, workers)
+    return Model(artifact, name, library, binding, (parts, workers))
+
+
+class Model:
+    """The blocks of a loaded artifact, by layer number: `model[3]`, `for layer in model`."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        target: str,
+        library: Library,
+        binding: Binding,
+        threads: tuple[int, int],
+    ) -> None:
+        self.path: Path = artifact.path
+        self.target = target
+        self.digest = artifact.manifest.digest
+        self.threads = threads[0]
+        self._blocks = {
+            entry.layer: Block(artifact, target, entry, library, binding, threads)
+            for entry in artifact.manifest.blocks
+        }
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that the artifact holds, ascending."""
+        return tuple(self._blocks)
+
+    def __getitem__(self, layer: int) -> Block:
+        """The block of a layer; InputError if the artifact does not hold it."""
+        block = self._blocks.get(layer) if isinstance(layer, Hashable) else None
+        if block is None:
+            held = ", ".join(map(str, self._blocks))
+            raise InputError(
+                f"layer {layer!r} is not in the artifact",
+                where=str(self.path),
+                need=f"one of the layers {held}",
+                hint="'moec inspect' shows which layers an artifact holds",
+            )
+        return block
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._blocks
+
+    def __repr__(self) -> str:
+        return f"<moec.Model {self.path.name} {self.target} layers {list(self._blocks)}>"
+
+
+class Block:
+    """One MoE block. x is [T, H] in `spec.dtype`; T may be 0."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        target: str,
+        entry: BlockEntry,
+        library: Library,
+        binding: Binding,
+        threads: tuple[int, int],
+    ) -> None:
+        self.layer = entry.layer
+        self.spec: MoESpec = artifact.manifest.shapes[entry.shape].spec
+        self._where = str(artifact.path)
+        compiled = artifact.manifest.targets[target].shapes[entry.shape]
+        self._calls = {
+            name: Call(
+                name,
+                function,
+                library,
+                lambda: binding.parameters(entry),
+                self.spec.experts,
+                threads,
+            )
+            for name, function in compiled.functions.items()
+        }
+
+    def __call__(self, x: Any, out: Any = None, schedule: str | None = None) -> Any:
+        """y [T, H] of the whole block: route, experts, shared experts, norms.
+
+        `out` is an optional tensor [T, H] for the result, `schedule` forces a compiled
+        schedule by name. Raises InputError for a tensor that does not fit.
+        """
+        return self._function("moe")((x,), out, schedule)[0]
+
+    def route(self, x: Any, schedule: str | None = None) -> tuple[Any, Any]:
+        """(topk_ids int32 [T, K], topk_weights float32 [T, K]) of the router for x [T, H]."""
+        ids, weights = self._function("route")((x,), None, schedule)
+        return ids, weights
+
+    def experts(
+        self,
+        x: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        out: Any = None,
+        schedule: str | None = None,
+        *,
+        check_ids: bool = False,
+    ) -> Any:
+        """y [T, H]: the sum over k of topk_weights[t, k] * expert topk_ids[t, k] (x[t]).
+
+        topk_ids is int32 [T, K] (int64 is converted, a copy of [T, K]), topk_weights float32
+        [T, K]. An id outside [0, E) contributes 0, so that ids of experts held elsewhere can
+        be -1; `check_ids=True` makes it an InputError instead. Repeated ids add up.
+        """
+        if check_ids:
+            self._check_ids(topk_ids)
+        return self._function("experts")((x, topk_ids, topk_weights), out, schedule)[0]
+
+    def schedules(self, function: str = "moe") -> tuple[str, ...]:
+        """The schedules that "moe", "route" or "experts" was compiled with."""
+        return self._function(function).schedules
+
+    def _function(self, name: str) -> Call:
+        call = self._calls.get(name)
+        if call is None:
+            raise TargetError(
+                f"the artifact has no function {name!r} for layer {self.layer}",
+                where=self._where,
+                need=f"one of {', '.join(self._calls)}",
+            )
+        return call
+
+    def _check_ids(self, topk_ids: Any) -> None:
+        got = view(topk_ids, "topk_ids")
+        array = topk_ids if isinstance(topk_ids, np.ndarray) else np.from_dlpack(topk_ids)
+        experts = self.spec.experts.num_experts
+        if got.dtype in ("int32", "int64") and array.size:
+            for bad in (int(array.min()), int(array.max())):
+                if not 0 <= bad < experts:
+                    raise InputError(
+                        f"topk_ids holds {bad}",
+                        where="topk_ids",
+                        need=f"ids in [0, {experts})",
+                        hint="without check_ids, such an id contributes 0",
+                    )
+
+    def __repr__(self) -> str:
+        e = self.spec.experts
+        sizes = f"E={e.num_experts} K={e.top_k} H={e.hidden_size} I={e.intermediate_size}"
+        return f"<moec.Block layer {self.layer} {sizes} {self.spec.dtype}>"
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return host.cores()
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise UsageError(f"threads={threads!r} is not an integer", where="threads")
+    if not 1 <= threads <= _MOST_THREADS:
+        raise UsageError(
+            f"threads={threads} makes no sense", where="threads", need=f"1 to {_MOST_THREADS}"
+        )
+    return threads
+
+
+def _choose_target(artifact: Artifact, device: str) -> str:
+    """The compiled target for `device` that asks most of this machine and gets it."""
+    kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if not kind or (index and not index.isdigit()):
+        raise UsageError(f"device={device!r} is no device", where="device", need="as cpu, cuda:0")
+    targets = artifact.manifest.targets
+    held = ", ".join(f"{name} (device {t.device})" for name, t in targets.items()) or "none"
+    fitting = {name: t for name, t in targets.items() if t.device == kind}
+    if not fitting or kind not in _RUNNABLE:
+        raise TargetError(
+            f"the artifact cannot run on device {device}",
+            where=str(artifact.path),
+            need=f"one of its targets: {held}; this runtime runs {', '.join(_RUNNABLE)}",
+            hint="load it on a device that it was compiled for, or compile it for this one",
+        )
+    reasons = {name: host.missing(target.requires) for name, target in fitting.items()}
+    usable = [name for name, reason in reasons.items() if reason is None]
+    if not usable:
+        raise TargetError(
+            "this machine cannot run the artifact",
+            where=str(artifact.path),
+            need="; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
+            hint="compile it on this machine, or for a lower target such as cpu:x86-64-v3",
+        )
+    return max(usable, key=lambda name: _preference(name, fitting[name], artifact))
+
+
+def _preference(name: str, target: Target, artifact: Artifact) -> tuple[bool, int, str]:
+    packed = artifact.manifest.weights.target == name
+    return packed, len(target.requires.get("features", ())), name

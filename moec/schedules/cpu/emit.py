@@ -1,0 +1,215 @@
+"""Vector arithmetic as TIR expressions: the small language in which CPU kernels are written.
+
+Works on float32 vectors of `isa.lanes` lanes and on the raw 16-bit patterns of bfloat16.
+TVM's own bfloat16 is avoided on purpose: binding a cast of a bfloat16 load to a variable
+converts the raw bits as a number (silently wrong), so bfloat16 is uint16 in every buffer
+and is widened and narrowed here, in integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .isa import Isa
+
+# LLVM helpers for instructions that TIR cannot spell: TIR has no <32 x bfloat>.
+_AVX512_BF16_LLVM = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
+define <16 x float> @moec_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) \
+alwaysinline nounwind {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, \
+<32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+define <16 x i16> @moec_cvtbf16(<16 x float> %a) alwaysinline nounwind {
+  %b = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %a)
+  %r = bitcast <16 x bfloat> %b to <16 x i16>
+  ret <16 x i16> %r
+}
+"""
+
+_LOG2E = 1.4426950408889634
+_LN2_HI = 0.693145751953125  # 11 significant bits: n * _LN2_HI is exact for |n| < 2^13
+_LN2_LO = 1.4286068203094172e-06
+_EXP_LOW, _EXP_HIGH = -87.0, 88.0  # exp stays normal and finite in between
+# Taylor coefficients of e^r for |r| <= ln2/2: the first omitted term is r^8/8! < 6e-9.
+_EXP_POLY = tuple(1.0 / math.factorial(i) for i in range(7, -1, -1))
+# Abramowitz and Stegun 7.1.26: |error| of erf <= 1.5e-7.
+_ERF_P = 0.3275911
+_ERF_POLY = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def i64(value: int) -> Any:
+    """An int64 constant: weights hold more than 2^31 elements, so all indices are int64."""
+    return tirx.const(value, "int64")
+
+
+def f32(value: float) -> Any:
+    """A float32 constant."""
+    return tirx.const(value, "float32")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is >= value."""
+    return -(-value // multiple) * multiple
+
+
+class Emit:
+    """Expressions and statements for one instruction set (call inside an IRBuilder)."""
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+        self.lanes = isa.lanes
+        self.f32v = f"float32x{isa.lanes}"
+        self.i32v = f"int32x{isa.lanes}"
+
+    @property
+    def llvm(self) -> str:
+        """LLVM IR that kernels import; empty when the ISA needs no helper."""
+        return _AVX512_BF16_LLVM if self.isa.bf16_dot else ""
+
+    # -- values ---------------------------------------------------------------------------
+    def splat(self, value: Any) -> Any:
+        """A scalar (expression or number) in every lane."""
+        if isinstance(value, (int, float)):
+            value = f32(float(value))
+        return tirx.Broadcast(value, self.lanes)
+
+    def isplat(self, value: int) -> Any:
+        """An int32 constant in every lane."""
+        return tirx.Broadcast(tirx.const(value, "int32"), self.lanes)
+
+    def ramp(self, base: Any) -> Any:
+        """The contiguous index of one vector at `base`."""
+        return tirx.Ramp(base, i64(1), self.lanes)
+
+    def lane_ids(self, first: int) -> Any:
+        """int32 lanes first, first + 1, ..."""
+        return tirx.Ramp(tirx.const(first, "int32"), tirx.const(1, "int32"), self.lanes)
+
+    def bind(self, value: Any) -> Any:
+        """Name a value, so that it is computed once."""
+        return T.bind(value)
+
+    # -- arithmetic -----------------------------------------------------------------------
+    def intrinsic(self, name: str, dtype: str, *args: Any) -> Any:
+        """A pure LLVM intrinsic."""
+        return T.call_llvm_pure_intrin(dtype, T.llvm_lookup_intrinsic_id(name), *args)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c, fused where the machine can (a library call where it cannot)."""
+        if not self.isa.fma:
+            return a * b + c
+        return self.intrinsic("llvm.fma", self.f32v, a, b, c)
+
+    def dot_bf16(self, acc: Any, words: Any, word: Any) -> Any:
+        """acc + w0 * a0 + w1 * a1 for a pair of bfloat16 in each 32-bit lane (AVX512-BF16)."""
+        return T.call_pure_extern(self.f32v, "moec_dpbf16", acc, words, word)
+
+    def reduce_max(self, vector: Any) -> Any:
+        """The largest lane."""
+        return self.intrinsic("llvm.vector.reduce.fmax", "float32", vector)
+
+    def reduce_min_i32(self, vector: Any) -> Any:
+        """The smallest int32 lane."""
+        return self.intrinsic("llvm.vector.reduce.smin", "int32", vector)
+
+    def reduce_add(self, vector: Any) -> Any:
+        """The sum of the lanes, in a fixed order (halves first)."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            low = [tirx.const(i, "int32") for i in range(width)]
+            high = [tirx.const(i + width, "int32") for i in range(width)]
+            vector = self.bind(tirx.Shuffle([vector], low) + tirx.Shuffle([vector], high))
+        return vector
+
+    def exp(self, x: Any) -> Any:
+        """e^x, relative error below 3e-7 (LLVM would call libm once a lane)."""
+        x = self.bind(tirx.Min(tirx.Max(x, self.splat(_EXP_LOW)), self.splat(_EXP_HIGH)))
+        n = self.bind(self.intrinsic("llvm.rint", self.f32v, x * self.splat(_LOG2E)))
+        r = self.bind(self.fma(n, self.splat(-_LN2_HI), x))
+        r = self.bind(self.fma(n, self.splat(-_LN2_LO), r))
+        p = self.splat(_EXP_POLY[0])
+        for c in _EXP_POLY[1:]:
+            p = self.bind(self.fma(p, r, self.splat(c)))
+        bits = tirx.Cast(self.i32v, n) + self.isplat(127)
+        scale = T.reinterpret(self.f32v, tirx.LShift(bits, self.isplat(23)))
+        return self.bind(p * scale)
+
+    def sigmoid(self, x: Any) -> Any:
+        """1 / (1 + e^-x)."""
+        one = self.splat(1.0)
+        return self.bind(one / (one + self.exp(self.splat(0.0) - x)))
+
+    def erf(self, x: Any) -> Any:
+        """erf(x), absolute error below 2e-7."""
+        zero, one = self.splat(0.0), self.splat(1.0)
+        a = self.bind(self.intrinsic("llvm.fabs", self.f32v, x))
+        t = self.bind(one / self.fma(a, self.splat(_ERF_P), one))
+        p = self.splat(_ERF_POLY[0])
+        for c in _ERF_POLY[1:]:
+            p = self.bind(self.fma(p, t, self.splat(c)))
+        y = self.bind(one - p * t * self.exp(zero - a * a))
+        return self.bind(tirx.Select(x < zero, zero - y, y))
+
+    # -- 16-bit floats ---------------------------------------------------------------------
+    def widen_bf16(self, bits: Any) -> Any:
+        """uint16 lanes holding bfloat16 -> float32 lanes."""
+        wide = tirx.Cast(self.i32v, bits)
+        return T.reinterpret(self.f32v, tirx.LShift(wide, self.isplat(16)))
+
+    def narrow_bf16(self, x: Any) -> Any:
+        """float32 lanes -> uint16 lanes holding bfloat16, nearest even, NaN stays NaN."""
+        lanes = f"uint16x{self.lanes}"
+        if self.isa.bf16_dot:
+            raw = T.call_pure_extern(f"int16x{self.lanes}", "moec_cvtbf16", x)
+            return T.reinterpret(lanes, raw)
+        return tirx.Cast(lanes, tirx.RShift(self._rounded_bits(x), self.isplat(16)))
+
+    def _rounded_bits(self, x: Any) -> Any:
+        x = self.bind(x)
+        bits = self.bind(T.reinterpret(self.i32v, x))
+        odd = tirx.BitwiseAnd(tirx.RShift(bits, self.isplat(16)), self.isplat(1))
+        rounded = bits + odd + self.isplat(0x7FFF)
+        nan = self.isplat(0x7FC00000)
+        return self.bind(tirx.Select(tirx.NE(x, x), nan, rounded))
+
+    def round_to(self, x: Any, dtype: str) -> Any:
+        """float32 lanes rounded to what `dtype` can hold, still as float32."""
+        if dtype == "bfloat16":
+            kept = tirx.BitwiseAnd(self._rounded_bits(x), self.isplat(-65536))
+            return self.bind(T.reinterpret(self.f32v, kept))
+        if dtype == "float16":
+            half = f"float16x{self.lanes}"
+            return self.bind(tirx.Cast(self.f32v, tirx.Cast(half, x)))
+        return x
+
+    def load(self, buffer: Any, indices: list[Any], dtype: str) -> Any:
+        """One vector of `dtype` values from a buffer, as float32 lanes."""
+        raw = tirx.BufferLoad(buffer, [*indices[:-1], self.ramp(indices[-1])])
+        if dtype == "bfloat16":
+            return self.widen_bf16(raw)
+        if dtype == "float16":
+            return tirx.Cast(self.f32v, raw)
+        return raw
+
+    def store(self, buffer: Any, value: Any, indices: list[Any], dtype: str) -> None:
+        """float32 lanes into a buffer of `dtype` values, rounded to nearest even."""
+        if dtype == "bfloat16":
+            value = self.narrow_bf16(value)
+        elif dtype == "float16":
+            value = tirx.Cast(f"float16x{self.lanes}", value)
+        T.buffer_store(buffer, value, [*indices[:-1], self.ramp(indices[-1])])
+
+
+def storage(dtype: str) -> str:
+    """The dtype a buffer of `dtype` values is declared with: bfloat16 travels as uint16."""
+    return "uint16" if dtype == "bfloat16" else dtype

@@ -1,0 +1,138 @@
+"""The `fused` experts: rows sorted by expert, each weight byte read once for all its rows.
+
+Threads split the panels (output columns) of every expert, so the work is balanced whatever
+the routing, and the weighted sum over experts needs no atomics: a thread owns its columns,
+and adds the experts of a token in ascending order. The result of a token depends neither on
+the number of threads nor on the other tokens.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from tvm import tirx
+
+from ...spec import ActivationSpec
+from ..buffers import Buf, Kernel, PerToken
+from .emit import Emit, i64
+from .isa import Isa
+from .kernel import build, chunk, loop, when
+from .matmul import (
+    Projection,
+    accumulate,
+    accumulator,
+    hidden,
+    k_blocks,
+    run_tile,
+    staged,
+    store_activated,
+    zero_columns,
+)
+from .tiles import Acc, Operand, row_blocks
+
+
+def _at(buffer: Any, index: Any) -> Any:
+    return tirx.Cast("int64", tirx.BufferLoad(buffer, [index]))
+
+
+def _sorting(experts: int, top_k: int) -> tuple[Buf, Buf]:
+    return (
+        Buf("row_order", (PerToken(top_k),), "int32"),
+        Buf("expert_offsets", (experts + 1,), "int32"),
+    )
+
+
+def gate_up(
+    symbol: str,
+    isa: Isa,
+    proj: Projection,
+    spec: ActivationSpec,
+    out: Operand,
+    top_k: int,
+    weighted_input: bool,
+) -> Kernel:
+    """First grouped matmul with the gather of its rows and the activation fused in.
+
+    rows [T or S], row_order [S], expert_offsets [E+1], weights -> h [S] in sorted order.
+    With `weighted_input` there is one staged row for each (token, expert) pair.
+    """
+    experts = proj.panels.groups
+    args = (
+        staged("rows", proj.operand, top_k if weighted_input else 1),
+        *_sorting(experts, top_k),
+        *proj.args("gate_up"),
+        hidden("h", out, top_k),
+    )
+
+    def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
+        with chunk(i64(proj.panels.count), threads) as (begin, end), loop(experts) as e:
+            first, last = em.bind(_at(b.expert_offsets, e)), em.bind(_at(b.expert_offsets, e + 1))
+            with when(first < last), loop(end, begin) as p:
+                epilogue = store_activated(em, spec, proj.panels, out, b.h, p)
+
+                def block(row: Any, count: int) -> None:
+                    places = [row + i for i in range(count)]
+                    source = [em.bind(_at(b.row_order, at)) for at in places]
+                    if not weighted_input:
+                        source = [em.bind(tirx.floordiv(s, i64(top_k))) for s in source]
+                    run_tile(
+                        em, proj, b, "gate_up", e, p, b.rows, source, epilogue, places
+                    )
+
+                row_blocks(em, first, last, block)
+
+    return build(symbol, isa, args, body)
+
+
+def down(
+    symbol: str, isa: Isa, proj: Projection, top_k: int, weighted: bool, block_words: int
+) -> Kernel:
+    """Second grouped matmul with the routing weight and the sum over experts fused in.
+
+    h [S], row_order, expert_offsets, (topk_weights), weights -> y [T, H] float32, where
+    y[t] = sum over the experts of t, in ascending order, of w * (down_e h + bias_e).
+    """
+    experts = proj.panels.groups
+    blocks = k_blocks(proj.panels, block_words)
+    weights = (Buf("topk_weights", (PerToken(), top_k), "float32", True),) if weighted else ()
+    args = (
+        staged("h", proj.operand, top_k),
+        *_sorting(experts, top_k),
+        *weights,
+        *proj.args("down"),
+        accumulator("y", proj.panels.rows, isa.panel),
+    )
+
+    def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
+        def finish(p: Any, pairs: list[Any], acc: Acc) -> None:
+            for pair, values in zip(pairs, acc, strict=True):
+                t = em.bind(tirx.floordiv(pair, i64(top_k)))
+                w = None
+                if weighted:
+                    k = tirx.floormod(pair, i64(top_k))
+                    w = tirx.Broadcast(tirx.BufferLoad(b.topk_weights, [t, k]), em.lanes)
+                    w = em.bind(w)
+                accumulate(em, b.y, t, p, values, w)
+
+        with chunk(i64(proj.panels.count), threads) as (begin, end):
+            zero_columns(em, b.y, tokens, begin, end)
+            with loop(experts) as e:
+                first = em.bind(_at(b.expert_offsets, e))
+                last = em.bind(_at(b.expert_offsets, e + 1))
+                with when(first < last), loop(end, begin) as p:
+                    for words in blocks:
+
+                        def block(
+                            row: Any, count: int, words: tuple[int, int] = words
+                        ) -> None:
+                            places = [row + i for i in range(count)]
+                            pairs = [em.bind(_at(b.row_order, at)) for at in places]
+                            run_tile(
+                                em, proj, b, "down", e, p, b.h, places,
+                                lambda at, acc: finish(p, list(at), acc), pairs, words,
+                            )  # fmt: skip
+
+                        row_blocks(em, first, last, block)
+
+    return build(symbol, isa, args, body)

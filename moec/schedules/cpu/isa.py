@@ -1,0 +1,53 @@
+"""What a CPU instruction set offers to the kernels, as declared values.
+
+A register tile is `rows` x `vectors` vectors of `lanes` float32 accumulators. The sizes
+leave room for the weight vectors and one broadcast activation in the register file: a tile
+that spills is several times slower, silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set: vector width, register tile, and the special instructions used.
+
+    `features` are the CPU flags (names as in /proc/cpuinfo) without which the code would
+    die of an illegal instruction; the artifact requires them of the machine that loads it.
+    """
+
+    name: str
+    lanes: int
+    vectors: int
+    rows: int
+    fma: bool
+    bf16_dot: bool
+    features: tuple[str, ...]
+
+    @property
+    def panel(self) -> int:
+        """Output columns of one weight panel: the width of the register tile."""
+        return self.lanes * self.vectors
+
+    @property
+    def half(self) -> int:
+        """Columns of a panel that are gate (the other half is up) in a gated projection."""
+        return self.panel // 2
+
+
+_X86_V3 = ("avx2", "fma", "f16c", "bmi2")
+_X86_AVX512 = (*_X86_V3, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+# 32 registers of 16 lanes: 6 x 4 accumulators + 4 weights + 1 broadcast.
+AVX512_BF16 = Isa("avx512-bf16", 16, 4, 6, True, True, (*_X86_AVX512, "avx512_bf16"))
+AVX512 = Isa("avx512", 16, 4, 6, True, False, _X86_AVX512)
+# 16 registers of 8 lanes: 6 x 2 accumulators + 2 weights + 1 broadcast.
+AVX2 = Isa("avx2", 8, 2, 6, True, False, _X86_V3)
+# Baseline x86-64 has neither FMA nor 8 lanes: a tile that any compiler can place.
+SSE2 = Isa("sse2", 4, 2, 4, False, False, ("sse2",))
+# 32 registers of 4 lanes; fused multiply-add is part of the base architecture.
+NEON = Isa("neon", 4, 4, 6, True, False, ("asimd",))
+
+ISAS = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, SSE2, NEON)}

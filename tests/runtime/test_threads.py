@@ -1,0 +1,129 @@
+"""Several Python threads, forks and TVM's worker pool: right results, no hang, no overrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+
+import moec.runtime
+from tests.runtime import fake
+
+
+def run(code: str, *args: str, **env: str) -> str:
+    """Run code in a fresh process, so that a crash or a hang fails one test only."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_eight_threads_call_one_block() -> None:
+    block = moec.runtime.load(fake.shared())[1]
+    start = threading.Barrier(8)
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        start.wait()
+        for turn in range(60):
+            tokens = int(random.integers(0, 40))
+            x = random.normal(size=(tokens, fake.H)).astype("f4")
+            ids = random.integers(-1, fake.E + 1, (tokens, fake.K)).astype("i4")
+            w = random.random((tokens, fake.K)).astype("f4")
+            y = block.experts(x, ids, w)
+            if not np.allclose(y, fake.experts(x, ids, w), rtol=1e-5, atol=1e-5):
+                failures.append(f"thread {seed} turn {turn}")
+            if not np.array_equal(block(x), 2 * x):
+                failures.append(f"thread {seed} turn {turn} moe")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_the_caller_keeps_its_cores() -> None:
+    out = run(
+        """
+        import os, sys
+        import numpy as np, moec.runtime
+        before = os.sched_getaffinity(0)
+        moec.runtime.load(sys.argv[1])[1](np.ones((4, 8), "f4"))
+        assert os.sched_getaffinity(0) == before
+        tasks = [int(t) for t in os.listdir("/proc/self/task")]
+        print(all(os.sched_getaffinity(t) == before for t in tasks))
+        """,
+        str(fake.shared()),
+    )
+    assert out.strip() == "True"
+
+
+FORK = """
+import os, sys, threading, time
+import numpy as np, moec.runtime
+block = moec.runtime.load(sys.argv[1])[1]
+x = np.ones((64, 8), "f4")
+assert (block(x) == 2).all()
+time.sleep(float(sys.argv[2]))  # workers spin for a while, then they sleep
+pid = os.fork()
+if pid == 0:
+    ok = [bool((block(x) == 2).all()) for _ in range(3)] if sys.argv[3] == "use" else []
+    other = []
+    for _ in range(4):
+        thread = threading.Thread(target=lambda: other.append(bool((block(x) == 2).all())))
+        thread.start()
+        thread.join()
+    sys.exit(0 if all(ok) and other == [True] * 4 else 9)  # runs C++ destructors
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+assert (block(x) == 2).all()
+print(code)
+"""
+
+
+@pytest.mark.parametrize("use", ["use", "idle"])
+@pytest.mark.parametrize("pause", ["0", "1.5"])
+def test_a_forked_child_goes_on_and_ends(pause: str, use: str) -> None:
+    assert run(FORK, str(fake.shared()), pause, use).strip() == "0"
+
+
+def test_a_forked_child_works_alone_where_workers_sleep() -> None:
+    code = FORK.replace("sys.exit(", "os._exit(")
+    assert run(code, str(fake.shared()), "0", "use", TVM_THREAD_POOL_SPIN_COUNT="5") == "0\n"
+
+
+def test_a_pool_that_grows_stays_in_its_memory() -> None:
+    """The C library checks the heap here: TVM's launcher overruns when a pool grows by one."""
+    code = """
+    import sys
+    import numpy as np, moec.runtime
+    from moec import host
+    host.cores = lambda: 6  # more workers than the machine has, but the same code
+    from moec.runtime.libraries import runtime
+    x = np.ones((64, 8), "f4")
+    sizes = []
+    for count in (1, 2, 3, 1, 4, 6, 2, 1):
+        block = moec.runtime.load(sys.argv[1], threads=count)[1]
+        for _ in range(5):
+            assert (block(x) == 2).all()
+        if count > 1:
+            sizes.append(runtime().call(runtime().function("runtime.NumThreads")))
+    print(sizes)
+    """
+    checks = {"GLIBC_TUNABLES": "glibc.malloc.check=3"}
+    library = "/lib/x86_64-linux-gnu/libc_malloc_debug.so.0"
+    if os.path.exists(library):
+        checks["LD_PRELOAD"] = library
+    assert run(code, str(fake.shared()), **checks).strip() == "[2, 3, 4, 6, 6]"
