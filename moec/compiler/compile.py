@@ -68,7 +68,9 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
     """
     options = options or CompileOptions()
     if weights not in WEIGHTS:
-        raise UsageError(f"weights={weights!r} is unknown", where="weights", need=", ".join(WEIGHTS))
+        raise UsageError(
+            f"weights={weights!r} is unknown", where="weights", need=", ".join(WEIGHTS)
+        )
     host.check_packages()
     clock, observer = Clock(options.progress), Observer(options)
     targets = _targets(target)

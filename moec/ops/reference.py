@@ -108,9 +108,9 @@ def _shared(spec: MoESpec, parameters: Parameters, x: Array) -> Array:
     assert spec.shared is not None
     inner = _norm(spec, parameters, "shared_input", x).astype(np.float64)
     h = inner @ parameters["shared_gate_up"].astype(np.float64).T
-    out = activation(spec.shared.activation, h, True) @ parameters["shared_down"].astype(
-        np.float64
-    ).T
+    out = (
+        activation(spec.shared.activation, h, True) @ parameters["shared_down"].astype(np.float64).T
+    )
     out = _norm(spec, parameters, "shared_output", out)
     if spec.shared.gate is SharedGate.SIGMOID:
         gate = x.astype(np.float64) @ parameters["shared_router"].astype(np.float64).T

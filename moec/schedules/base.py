@@ -112,9 +112,7 @@ def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Targ
 Chosen = list[tuple[Schedule, "TokenRange | None"]]
 
 
-def _named(
-    schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: Target
-) -> Schedule:
+def _named(schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: Target) -> Schedule:
     if name not in schedules:
         raise TargetError(
             f"target {target.name} has no schedule {name!r}",

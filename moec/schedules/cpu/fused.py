@@ -76,9 +76,7 @@ def gate_up(
                     source = [em.bind(_at(b.row_order, at)) for at in places]
                     if not weighted_input:
                         source = [em.bind(tirx.floordiv(s, i64(top_k))) for s in source]
-                    run_tile(
-                        em, proj, b, "gate_up", e, p, b.rows, source, epilogue, places
-                    )
+                    run_tile(em, proj, b, "gate_up", e, p, b.rows, source, epilogue, places)
 
                 row_blocks(em, first, last, block)
 
@@ -123,9 +121,7 @@ def down(
                 with when(first < last), loop(end, begin) as p:
                     for words in blocks:
 
-                        def block(
-                            row: Any, count: int, words: tuple[int, int] = words
-                        ) -> None:
+                        def block(row: Any, count: int, words: tuple[int, int] = words) -> None:
                             places = [row + i for i in range(count)]
                             pairs = [em.bind(_at(b.row_order, at)) for at in places]
                             run_tile(

@@ -100,8 +100,6 @@ def down(
                         accumulate(em, b.y, t, p, acc[0], w)
 
                     for words in blocks:
-                        run_tile(
-                            em, proj, b, "down", e, p, b.h, [pair], finish, [pair], words
-                        )
+                        run_tile(em, proj, b, "down", e, p, b.h, [pair], finish, [pair], words)
 
     return build(symbol, isa, args, body)
