@@ -397,12 +397,14 @@ class MoESpec:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for the manifest; `from_json` restores an equal value."""
-        return _plain(asdict(self))
+        data: dict[str, Any] = _plain(asdict(self))
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> MoESpec:
         """The inverse of `to_json`; raises BadSpec on unknown or missing fields."""
-        return restore(MoESpec, data)
+        spec: MoESpec = restore(MoESpec, data)
+        return spec
 
 
 def _plain(value: Any) -> Any:

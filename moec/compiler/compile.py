@@ -67,6 +67,7 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
     whole or not at all.
     """
     options = options or CompileOptions()
+    family = None if options.family_file is None else Path(options.family_file)
     if weights not in WEIGHTS:
         raise UsageError(
             f"weights={weights!r} is unknown", where="weights", need=", ".join(WEIGHTS)
@@ -76,7 +77,7 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
     targets = _targets(target)
     with Checkpoint.open(os.fspath(checkpoint)) as opened:
         with clock("read headers"):
-            model = _select(outline(opened, options.family_file), layers)
+            model = _select(outline(opened, family), layers)
             check(model, opened)
         shapes = _shapes(model.blocks)
         report = Report(str(out), model, shapes.specs, clock, observer, options)
