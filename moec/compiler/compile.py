@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from ..frontend import Block, Model, outline
 from ..frontend.model import check
-from ..schedules import Backend, backend, choose
+from ..schedules import Backend, Chosen, backend, choose
 from ..spec import MoESpec
 from ..target import Target
 from .document import document, weight_file
@@ -40,6 +40,7 @@ class TargetBuild:
 
     target: Target
     backend: Backend
+    schedules: dict[str, Chosen]
     lowered: dict[str, Lowered]
     library: Path | None
 
@@ -84,7 +85,8 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
         names = tuple(schedules or ())
         if options.dry_run or options.stop_after in ("graph", "passes", "legalized"):
             for one in targets:
-                _lower(one, shapes, names, observer, clock, options)
+                build = _lower(one, shapes, names, observer, clock, options)
+                report.add(one.name, build.schedules)
             return report.finish()
         # Before any work: an output that cannot be written must not cost a compilation.
         with ArtifactWriter(out, force=force) as writer, tempfile.TemporaryDirectory() as folder:
@@ -92,6 +94,9 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
                 _build(one, shapes, names, Path(folder), observer, clock, options)
                 for one in targets
             ]
+            observer.check()  # before anything is written
+            for build in builds:
+                report.add(build.target.name, build.schedules)
             if options.stops_after("library"):
                 return report.finish()
             for build in builds:
@@ -144,13 +149,13 @@ def _lower(
     options: CompileOptions,
 ) -> TargetBuild:
     own, lowered = backend(one.kind), {}
+    chosen = {name: choose(own, names, spec, one) for name, spec in shapes.specs.items()}
     for name, spec in shapes.specs.items():
-        chosen = choose(own, names, spec, one)
         if options.dry_run:
-            continue
+            break
         with clock("lower", f"{name} for {one.name}"):
-            lowered[name] = lower(name, spec, one, own, chosen, observer, options.stop_after)
-    return TargetBuild(one, own, lowered, None)
+            lowered[name] = lower(name, spec, one, own, chosen[name], observer, options.stop_after)
+    return TargetBuild(one, own, chosen, lowered, None)
 
 
 def _build(

@@ -41,6 +41,11 @@ class TokenRange:
     low: int = 0
     high: int | None = None
 
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"T >= {self.low}" if self.low else "any T"
+        return f"{self.low} <= T < {self.high}" if self.low else f"T < {self.high}"
+
 
 @dataclass(frozen=True)
 class Schedule:
