@@ -41,10 +41,11 @@ class Machine:
     threads: int
 
 
-def measure(weights_dtype: str) -> Machine:
-    """Measure this machine with all cores of the process, for weights of a dtype."""
+def measure(weights_dtype: str, threads: int | None = None) -> Machine:
+    """Measure this machine for weights of a dtype; default: all cores of the process."""
     target = resolve("cpu")
-    isa, threads = ISAS[target.isa], min(host.cores(), _MOST_THREADS)
+    isa = ISAS[target.isa]
+    threads = min(threads or host.cores(), _MOST_THREADS)
     pairs = isa.bf16_dot and weights_dtype == "bfloat16"
     kernels = [_read_kernel(isa), _peak_kernel(isa, pairs)]
     module = compile_module({k.symbol: k.func for k in kernels}, target)
