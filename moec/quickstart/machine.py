@@ -54,7 +54,7 @@ def measure(weights_dtype: str, threads: int | None = None) -> Machine:
     sums = _shared(np.zeros((_MOST_THREADS, isa.lanes), np.float32))
     read, peak = module["read"], module["peak"]
     spent = _best(lambda: read(memory, sums, rows, threads))
-    flops_spent = _best(lambda: peak(sums, 1, threads))
+    flops_spent = _best(lambda: peak(sums, threads))
     per_fma = 4 if pairs else 2
     done = per_fma * isa.lanes * _accumulators(isa) * _ROUNDS * threads
     return Machine(_READ_BYTES / spent, done / flops_spent, threads)
