@@ -62,7 +62,9 @@ def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoES
         ) from None
 
 
-def make_block(checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str) -> Block:
+def make_block(
+    checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str
+) -> Block:
     """The block of `layer`; what is missing on disk is left to `plan.problems`."""
     family = fields.family
     base = prefix + family.layer.replace("{L}", str(layer))
@@ -105,9 +107,7 @@ def _table(family: Family, layout: str) -> dict[str, Any]:
     return {**family.tensors, **own}
 
 
-def _sources(
-    checkpoint: Checkpoint, family: Family, base: str, layout: str
-) -> dict[str, Source]:
+def _sources(checkpoint: Checkpoint, family: Family, base: str, layout: str) -> dict[str, Source]:
     out: dict[str, Source] = {}
     for slot, value in _table(family, layout).items():
         if slot not in SLOTS:
@@ -120,9 +120,7 @@ def _sources(
     return out
 
 
-def choose_layout(
-    checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]
-) -> str:
+def choose_layout(checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]) -> str:
     """The layout of which most expert tensors are there, with the shapes that it states.
 
     Ties go to the layout that the family lists first.
@@ -171,8 +169,10 @@ def holds_experts(checkpoint: Checkpoint, family: Family, base: str) -> str | No
         down = sources.get("down")
         name = base + down.name.replace("{e}", "0") if down else ""
         # `{x}down_proj` without the experts level is also the name of a dense layer's matrix.
-        if down and name in checkpoint.tensors and len(checkpoint.tensors[name].shape) == len(
-            down.axes
+        if (
+            down
+            and name in checkpoint.tensors
+            and len(checkpoint.tensors[name].shape) == len(down.axes)
         ):
             return name
     return None

@@ -20,7 +20,9 @@ def moe_layers(fields: Fields) -> tuple[int, ...]:
         layer for layer in range(count) if all(_holds(c, layer, count, fields) for c in case)
     )
     if not layers:
-        names = tuple(n for n in fields.values if any(f"${n}" in map(str, c.values()) for c in case))
+        names = tuple(
+            n for n in fields.values if any(f"${n}" in map(str, c.values()) for c in case)
+        )
         raise BadSpec(
             f"none of the {count} layers is an MoE layer",
             where="config.json",

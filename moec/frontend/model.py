@@ -92,9 +92,7 @@ def _prefix(checkpoint: Checkpoint, family: Family, layer: int) -> str:
     )
 
 
-def _dtype(
-    checkpoint: Checkpoint, config: Config, family: Family, prefix: str, layer: int
-) -> str:
+def _dtype(checkpoint: Checkpoint, config: Config, family: Family, prefix: str, layer: int) -> str:
     base = prefix + family.layer.replace("{L}", str(layer))
     name = holds_experts(checkpoint, family, base)
     stored = checkpoint.tensors[name].dtype if name else None

@@ -124,9 +124,7 @@ def make_pieces(
     return tuple(pieces)
 
 
-def _slices(
-    slot: Slot, source: Source, dims: dict[str, int]
-) -> tuple[list[Axis], tuple[str, ...]]:
+def _slices(slot: Slot, source: Source, dims: dict[str, int]) -> tuple[list[Axis], tuple[str, ...]]:
     index: list[Axis] = []
     rest: list[str] = []
     for axis in source.axes:

@@ -44,7 +44,9 @@ class Piece:
 
     def elements(self) -> int:
         """Elements that one expert takes from the tensor."""
-        return math.prod(_extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True))
+        return math.prod(
+            _extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True)
+        )
 
     def cut(self, array: Array, expert: int) -> Array:
         """The view of `array` that this piece means, rows first."""
