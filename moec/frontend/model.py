@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checkpoint import Checkpoint
@@ -19,7 +19,10 @@ from .values import Config, Fields, read_fields
 
 @dataclass(frozen=True)
 class Model:
-    """The MoE layers of one checkpoint, and the facts about them that people ask for."""
+    """The MoE layers of one checkpoint, and the facts about them that people ask for.
+
+    `problems` is what is wrong with the weights; it is only filled by `survey`.
+    """
 
     path: pathlib.Path
     family: str
@@ -30,6 +33,7 @@ class Model:
     dense_layers: tuple[int, ...]
     blocks: tuple[Block, ...]
     source: dict[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
 
 def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None = None) -> Model:
@@ -40,10 +44,22 @@ def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None 
     """
     with Checkpoint.open(path) as checkpoint:
         model = outline(checkpoint, family_file)
-        problems = find_problems(model, checkpoint)
-        if problems:
-            raise weights_error(problems, checkpoint)
+        check(model, checkpoint)
         return model
+
+
+def survey(path: str | pathlib.Path, family_file: str | pathlib.Path | None = None) -> Model:
+    """As `read_model`, but problems of the weights are kept in `Model.problems`, not raised."""
+    with Checkpoint.open(path) as checkpoint:
+        model = outline(checkpoint, family_file)
+        return replace(model, problems=tuple(find_problems(model, checkpoint)))
+
+
+def check(model: Model, checkpoint: Checkpoint) -> None:
+    """Raise BadWeights, with the first five problems, unless every block's weights fit."""
+    problems = find_problems(model, checkpoint)
+    if problems:
+        raise weights_error(problems, checkpoint)
 
 
 def outline(checkpoint: Checkpoint, family_file: str | pathlib.Path | None = None) -> Model:
