@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..errors import BadSpec
 from ..spec import FLOAT_DTYPES
 from ..weights import Problem, weights_error
 from .build import Block, holds_experts, make_block, unfit
 from .family import Family, builtin, load
+from .faults import bad_config, shown
 from .layers import moe_layers
 from .lookup import find_family
 from .values import Config, Fields, read_fields
+
+# Whoever has more has the wrong config; a hostile one could claim millions of experts.
+MAX_PROBLEMS = 10_000
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,12 @@ def outline(checkpoint: Checkpoint, family_file: str | pathlib.Path | None = Non
 
 
 def find_problems(model: Model, checkpoint: Checkpoint) -> list[Problem]:
-    """Everything that is wrong with the weights of any block."""
-    return [p for block in model.blocks for p in block.plan.problems(checkpoint)]
+    """What is wrong with the weights of any block: everything, within reason."""
+    every = (p for block in model.blocks for p in block.plan.problems(checkpoint))
+    found = list(itertools.islice(every, MAX_PROBLEMS + 1))
+    if len(found) > MAX_PROBLEMS:
+        found[-1] = Problem(f"there are more than {MAX_PROBLEMS} problems")
+    return found
 
 
 def _prefix(checkpoint: Checkpoint, family: Family, layer: int) -> str:
@@ -112,22 +120,24 @@ def _dtype(checkpoint: Checkpoint, config: Config, family: Family, prefix: str, 
     base = prefix + family.layer.replace("{L}", str(layer))
     name = holds_experts(checkpoint, family, base)
     stored = checkpoint.tensors[name].dtype if name else None
-    declared: Any = None
-    for place in (config, checkpoint.config):
-        for key in ("dtype", "torch_dtype"):
-            declared = declared or place.get(key)
-    if declared is None:
-        declared = stored or "float32"
-    dtype = str(declared).removeprefix("torch.")
-    if dtype not in FLOAT_DTYPES:
-        raise BadSpec(f"dtype: {dtype!r} is not supported", where="config.json",
-                      need=" or ".join(FLOAT_DTYPES))  # fmt: skip
-    if stored is not None and stored != dtype:
+    places = ((place, key) for place in (config, checkpoint.config) for key in _DTYPE_KEYS)
+    found = (place[key] for place, key in places if place.get(key) is not None)
+    declared = next(found, None)
+    dtype = str(stored or "float32" if declared is None else declared).removeprefix("torch.")
+    if declared is not None and dtype not in FLOAT_DTYPES:
+        raise bad_config(
+            f"dtype: {shown(declared)} is not supported",
+            " or ".join(FLOAT_DTYPES),
+            "convert the checkpoint, or use one in another dtype",
+        )
+    if stored is not None and (stored != dtype or stored not in FLOAT_DTYPES):
+        said = f"config.json says {dtype}, but " if declared is not None else ""
         raise unfit(
-            f"config.json says {dtype}, but {name} is {stored}",
+            f"{said}tensor {name!r} is {stored}",
             checkpoint,
-            f"expert weights in {dtype}",
+            f"expert weights in {dtype if declared is not None else ' or '.join(FLOAT_DTYPES)}",
             "set dtype in config.json to what the files hold, or convert the files",
+            tensor=name,
         )
     return dtype
 
@@ -141,8 +151,9 @@ def _dense(
         name = holds_experts(checkpoint, family, base)
         if name:
             raise unfit(
-                f"layer {layer} is dense by the config, but there is {name}",
+                f"layer {layer} is dense by the config, but there is tensor {name!r}",
                 checkpoint,
                 "a config and weights of the same model",
+                tensor=name,
             )
     return tuple(sorted(layers))
