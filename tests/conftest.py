@@ -1,39 +1,28 @@
-"""What all tests share: tiny transformers models, built and saved once a session."""
+"""Models and artifacts that several test files share: each is made once a session."""
 
 from __future__ import annotations
 
-import functools
-import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-@dataclass(frozen=True)
-class Saved:
-    """A tiny model and the directory that its save_pretrained wrote; treat both as read-only."""
-
-    path: pathlib.Path
-    model: Any
-
-
-SavedModels = Callable[[str, str, str], Saved]
+Saved = Callable[[str, str, str], tuple[Any, Path]]
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedModels:
-    """saved(family, variant, dtype) -> Saved, see tests/models.py; each is made once.
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """(family, variant, dtype) -> (the transformers model, the directory it was saved in)."""
+    from tests import models
 
-    torch and transformers are imported by the first call, so tests that do without stay fast.
-    """
+    made: dict[tuple[str, str, str], tuple[Any, Path]] = {}
 
-    @functools.cache
-    def make(family: str, variant: str, dtype: str) -> Saved:
-        from tests import models
+    def get(family: str, variant: str, dtype: str) -> tuple[Any, Path]:
+        key = (family, variant, dtype)
+        if key not in made:
+            path = tmp_path_factory.mktemp("-".join(key))
+            made[key] = models.tiny(*key, path), path
+        return made[key]
 
-        path = tmp_path_factory.mktemp(f"{family}-{variant}-{dtype}") / "model"
-        return Saved(path, models.tiny(family, variant, dtype, path))
-
-    return make
+    return get

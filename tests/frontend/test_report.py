@@ -28,7 +28,7 @@ from moec.spec import (
     Selection,
     WeightSource,
 )
-from tests.conftest import SavedModels
+from tests.conftest import Saved
 from tests.frontend import small
 from tests.models import FAMILIES, VARIANTS, moe_layers
 
@@ -76,14 +76,14 @@ _OUTSIDE = ("input_layernorm.", "post_attention_layernorm.", "layer_scalar")
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(saved: SavedModels, family: str, variant: str) -> None:
-    made = saved(family, variant, "bfloat16")
-    model = read_model(made.path)
+def test_every_family(saved: Saved, family: str, variant: str) -> None:
+    module, path = saved(family, variant, "bfloat16")
+    model = read_model(path)
     facts = json.loads(json.dumps(report.describe(model)))
-    total, active = counts(made.model)
+    total, active = counts(module)
     assert (facts["elements"], facts["active_elements"]) == (total, active)
-    assert facts["layers"]["moe"] == moe_layers(made.model)
-    assert facts["layers"]["count"] == made.model.config.num_hidden_layers
+    assert facts["layers"]["moe"] == moe_layers(module)
+    assert facts["layers"]["count"] == module.config.num_hidden_layers
     assert sorted(facts["layers"]["moe"] + facts["layers"]["dense"]) == [
         *range(facts["layers"]["count"])
     ]
@@ -92,7 +92,7 @@ def test_every_family(saved: SavedModels, family: str, variant: str) -> None:
     assert expected is None or facts["shapes"]["b0"]["router"] == expected
     text = report.text(model)
     assert all(len(line) <= 100 for line in text.splitlines()[1:])
-    assert text.isascii() and str(made.path) in text.splitlines()[0]
+    assert text.isascii() and str(path) in text.splitlines()[0]
 
 
 def test_two_shapes_and_two_layouts(tmp_path: Path) -> None:
