@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import os
 import pathlib
 import threading
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ class Checkpoint:
         self._sorted = sorted(entries)
 
     @staticmethod
-    def open(path: str | pathlib.Path) -> Checkpoint:
+    def open(path: str | os.PathLike[str]) -> Checkpoint:
         """Open the model directory `path`; raises BadCheckpoint on anything suspicious."""
         root = pathlib.Path(path)
         files = find_shards(root)

@@ -10,7 +10,7 @@ from ..errors import BadSpec, BadWeights
 from ..spec import FLOAT_DTYPES, MoESpec
 from ..weights import ParamPlan, Piece, WeightPlan
 from .family import Family
-from .faults import bad_config, bad_family
+from .faults import bad_family
 from .sources import SLOTS, Source, combinations, make_pieces, parse_source
 from .values import Fields, resolve
 
@@ -55,10 +55,11 @@ def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoES
     except BadSpec as error:
         names = ("num_experts", "top_k", "hidden_size", "intermediate_size")
         groups = tuple(n for n in values if "group" in n)
-        raise bad_config(
+        raise BadSpec(
             error.message,
-            error.need or "values of one layer that fit together",
-            f"the config says {fields.describe((*names, *groups))}",
+            where=f"config.json, as {fields.family.source} reads it",
+            need=error.need or "values of one layer that fit together",
+            hint=f"the config says {fields.describe((*names, *groups))}",
         ) from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+import os
 import pathlib
 import sys
 from dataclasses import dataclass, field, fields
@@ -109,7 +110,7 @@ def _folder() -> pathlib.Path:
     return pathlib.Path(str(importlib.resources.files(__package__) / "families"))
 
 
-def load(path: str | pathlib.Path) -> Family:
+def load(path: str | os.PathLike[str]) -> Family:
     """Read one family file, .toml or .json; raises BadSpec naming the file and the key."""
     path = pathlib.Path(path)
     data = _parse(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 from dataclasses import dataclass, field, replace
 
@@ -40,7 +41,9 @@ class Model:
     problems: tuple[Problem, ...] = ()
 
 
-def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None = None) -> Model:
+def read_model(
+    path: str | os.PathLike[str], family_file: str | os.PathLike[str] | None = None
+) -> Model:
     """Read and check the model directory `path`, from its config and headers alone.
 
     `family_file` is a family in TOML or JSON to use in place of the built-in ones. Raises
@@ -52,7 +55,9 @@ def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None 
         return model
 
 
-def survey(path: str | pathlib.Path, family_file: str | pathlib.Path | None = None) -> Model:
+def survey(
+    path: str | os.PathLike[str], family_file: str | os.PathLike[str] | None = None
+) -> Model:
     """As `read_model`, but problems of the weights are kept in `Model.problems`, not raised."""
     with Checkpoint.open(path) as checkpoint:
         model = outline(checkpoint, family_file)
@@ -66,7 +71,7 @@ def check(model: Model, checkpoint: Checkpoint) -> None:
         raise weights_error(problems, checkpoint)
 
 
-def outline(checkpoint: Checkpoint, family_file: str | pathlib.Path | None = None) -> Model:
+def outline(checkpoint: Checkpoint, family_file: str | os.PathLike[str] | None = None) -> Model:
     """The model as its config describes it; the weights are matched but not yet checked."""
     families = builtin() if family_file is None else (load(family_file),)
     family, config = find_family(checkpoint, families)
