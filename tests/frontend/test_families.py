@@ -111,9 +111,9 @@ def gpt_oss(c: Any, dtype: str) -> MoESpec:
         weight_source=WeightSource.SOFTMAX_SELECTED,
         weights_dtype=Precision.MODEL,
     )
-    # attributes of its experts module, 1.702 and 7.0 unless the config says otherwise
-    alpha, limit = getattr(c, "swiglu_alpha", 1.702), getattr(c, "swiglu_limit", 7.0)
-    act = ActivationSpec(Nonlinearity.SILU, alpha, Clamp.BEFORE, limit, up_offset=1.0)
+    act = ActivationSpec(
+        Nonlinearity.SILU, c.swiglu_alpha, Clamp.BEFORE, c.swiglu_limit, up_offset=1.0
+    )
     inner = ExpertsSpec(
         c.num_local_experts, c.num_experts_per_tok, c.hidden_size, c.intermediate_size,
         activation=act, gate_up_bias=True, down_bias=True,
@@ -241,15 +241,12 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     config = getattr(transformers, FAMILIES[family][0])()
     own = next(f for f in builtin() if f.family == family)
     # transformers has no such fields: its code does what the default says.
-    absent = {"scoring_func", "topk_method", "moe_layer_freq", "swiglu_alpha"}
-    compared = 0
+    absent = {"scoring_func", "topk_method", "moe_layer_freq"}
     for field in own.config.values():
-        if field.default is None or absent & set(field.keys):
-            continue
-        for value in [getattr(config, key) for key in field.keys if hasattr(config, key)]:
-            assert value == field.default and type(value) is type(field.default), field
-            compared += 1
-    assert compared
+        found = [getattr(config, key) for key in field.keys if hasattr(config, key)]
+        assert found or absent & set(field.keys), field
+        if field.default is not None:
+            assert all(type(v) is type(field.default) and v == field.default for v in found), field
 
 
 @pytest.mark.parametrize(
