@@ -452,6 +452,7 @@ def _restore(cls: Any, data: Any, path: str) -> Any:
     unknown = sorted(set(data) - known)
     if unknown:
         raise BadSpec(f"{path}: unknown field {unknown[0]!r}", where=path)
+    _flags(cls, data, path)
     values: dict[str, Any] = {}
     for name, value in data.items():
         here = f"{path}.{name}"
@@ -465,13 +466,28 @@ def _restore(cls: Any, data: Any, path: str) -> Any:
         elif name in _NESTED and value is not None:
             values[name] = _restore(_NESTED[name], value, here)
         elif name == "weight_dtypes":
-            values[name] = tuple((str(k), str(v)) for k, v in value)
+            values[name] = _pairs(value, here)
         else:
             values[name] = value
     try:
         return cls(**values)
     except TypeError as error:
         raise BadSpec(f"{path}: {error}", where=path) from None
+
+
+def _flags(cls: Any, data: dict[str, Any], path: str) -> None:
+    # No class checks its flags itself, and any text would count as true.
+    for f in fields(cls):
+        if f.type == "bool" and not isinstance(data.get(f.name, False), bool):
+            here = f"{path}.{f.name}"
+            raise BadSpec(f"{here}: {data[f.name]!r} is neither true nor false", where=here)
+
+
+def _pairs(value: Any, path: str) -> tuple[tuple[str, str], ...]:
+    try:
+        return tuple((str(k), str(v)) for k, v in value)
+    except (TypeError, ValueError):
+        raise BadSpec(f"{path}: {value!r} is no list of pairs", where=path) from None
 
 
 def restore(cls: Any, data: Any, path: str = "spec") -> Any:

@@ -80,13 +80,3 @@ class Console:
             last = textwrap.wrap(row[-1], room) if room >= _NARROWEST else []
             text = f"\n{' ' * indent}".join(last or [row[-1]])
             self.data("  ".join([*cells, text]).rstrip())
-
-
-def size(count: int) -> str:
-    """Bytes for people: 805.3 MB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

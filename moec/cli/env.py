@@ -11,7 +11,8 @@ from typing import Any
 
 from .. import __version__, host
 from ..errors import TargetError
-from .console import Console, size
+from ..text import size
+from .console import Console
 
 _PACKAGES = (
     "apache-tvm",
