@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-_NARROWEST = 20  # columns; a narrower last column is easier to read unwrapped
+_NARROWEST = 16  # columns; a narrower last column is easier to read unwrapped
 _BOLD_RED, _PLAIN = "\x1b[1;31m", "\x1b[0m"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..frontend import Model
 from ..schedules import Chosen
 from ..spec import MoESpec
+from ..text import ranges
 from .instruments import Observer
 from .options import CompileOptions
 
@@ -97,7 +98,7 @@ class Report:
         if self.ir:
             return "\n\n".join(self.ir)
         layers = [block.layer for block in self._model.blocks]
-        lines = [f"family   {self._model.family}, {len(layers)} MoE layers"]
+        lines = [f"family   {self._model.family}, MoE layers {ranges(layers)} ({len(layers)})"]
         for name, spec in self._specs.items():
             e = spec.experts
             lines.append(
