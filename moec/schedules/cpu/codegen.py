@@ -54,7 +54,6 @@ def _pipeline() -> tuple[Any, Any, Any]:
     def lower(module: tvm.IRModule, _: Any) -> tvm.IRModule:
         passes = (
             tirx.transform.FlattenBuffer(),
-            tirx.transform.StorageRewrite(),
             tirx.transform.StmtSimplify(),
             tirx.transform.RemoveNoOp(),
             tirx.transform.CommonSubexprElim(),
