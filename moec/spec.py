@@ -212,8 +212,9 @@ class RouterSpec:
             )
             if self.groups.score is GroupScore.SUM_TOP2:
                 _check(size >= 2, "router.groups.count", "sum_top2 needs two experts a group")
-        mixers = self.selection is Selection.SPARSEMIXER, (
-            self.weight_source is WeightSource.SPARSEMIXER
+        mixers = (
+            self.selection is Selection.SPARSEMIXER,
+            (self.weight_source is WeightSource.SPARSEMIXER),
         )
         _check(mixers[0] == mixers[1], "router.weight_source", "sparsemixer selects and weighs")
         if mixers[0]:
@@ -342,9 +343,7 @@ class MoESpec:
     weight_dtypes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        _check(
-            self.dtype in FLOAT_DTYPES, "dtype", f"{self.dtype!r} is none of {FLOAT_DTYPES}"
-        )
+        _check(self.dtype in FLOAT_DTYPES, "dtype", f"{self.dtype!r} is none of {FLOAT_DTYPES}")
         _check(
             self.router.top_k == self.experts.top_k, "experts.top_k", "differs from router.top_k"
         )
@@ -398,12 +397,14 @@ class MoESpec:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for the manifest; `from_json` restores an equal value."""
-        return _plain(asdict(self))
+        data: dict[str, Any] = _plain(asdict(self))
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> MoESpec:
         """The inverse of `to_json`; raises BadSpec on unknown or missing fields."""
-        return restore(MoESpec, data)
+        spec: MoESpec = restore(MoESpec, data)
+        return spec
 
 
 def _plain(value: Any) -> Any:
@@ -451,6 +452,7 @@ def _restore(cls: Any, data: Any, path: str) -> Any:
     unknown = sorted(set(data) - known)
     if unknown:
         raise BadSpec(f"{path}: unknown field {unknown[0]!r}", where=path)
+    _flags(cls, data, path)
     values: dict[str, Any] = {}
     for name, value in data.items():
         here = f"{path}.{name}"
@@ -464,13 +466,28 @@ def _restore(cls: Any, data: Any, path: str) -> Any:
         elif name in _NESTED and value is not None:
             values[name] = _restore(_NESTED[name], value, here)
         elif name == "weight_dtypes":
-            values[name] = tuple((str(k), str(v)) for k, v in value)
+            values[name] = _pairs(value, here)
         else:
             values[name] = value
     try:
         return cls(**values)
     except TypeError as error:
         raise BadSpec(f"{path}: {error}", where=path) from None
+
+
+def _flags(cls: Any, data: dict[str, Any], path: str) -> None:
+    # No class checks its flags itself, and any text would count as true.
+    for f in fields(cls):
+        if f.type == "bool" and not isinstance(data.get(f.name, False), bool):
+            here = f"{path}.{f.name}"
+            raise BadSpec(f"{here}: {data[f.name]!r} is neither true nor false", where=here)
+
+
+def _pairs(value: Any, path: str) -> tuple[tuple[str, str], ...]:
+    try:
+        return tuple((str(k), str(v)) for k, v in value)
+    except (TypeError, ValueError):
+        raise BadSpec(f"{path}: {value!r} is no list of pairs", where=path) from None
 
 
 def restore(cls: Any, data: Any, path: str = "spec") -> Any:

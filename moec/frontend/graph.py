@@ -168,5 +168,3 @@ class _Body:
         total = self.emit(combine(routed, "float32", scale, shared, gate, inner=True), "total")
         total = self.norm("block_output", total, "float32")
         return combine(total, spec.dtype, 1.0, None, None, residual)
-
-

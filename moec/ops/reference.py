@@ -108,9 +108,8 @@ def _shared(spec: MoESpec, parameters: Parameters, x: Array) -> Array:
     assert spec.shared is not None
     inner = _norm(spec, parameters, "shared_input", x).astype(np.float64)
     h = inner @ parameters["shared_gate_up"].astype(np.float64).T
-    out = activation(spec.shared.activation, h, True) @ parameters["shared_down"].astype(
-        np.float64
-    ).T
+    active = activation(spec.shared.activation, h, True)
+    out: Array = active @ parameters["shared_down"].astype(np.float64).T
     out = _norm(spec, parameters, "shared_output", out)
     if spec.shared.gate is SharedGate.SIGMOID:
         gate = x.astype(np.float64) @ parameters["shared_router"].astype(np.float64).T
@@ -140,11 +139,12 @@ def _nonlinearity(spec: ActivationSpec, g: Array) -> Array:
     if spec.kind is Nonlinearity.SILU:
         return g * _sigmoid(spec.alpha * g)
     if spec.kind is Nonlinearity.GELU_ERF:
-        return 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
+        exact: Array = 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
+        return exact
     if spec.kind is Nonlinearity.GELU_TANH:
         inner = math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3)
         return 0.5 * g * (1.0 + np.tanh(inner))
-    positive = np.maximum(g, 0.0)
+    positive: Array = np.maximum(g, 0.0)
     return positive if spec.kind is Nonlinearity.RELU else positive**2
 
 
@@ -162,7 +162,7 @@ def _norm(spec: MoESpec, parameters: Parameters, position: str, x: Array) -> Arr
     if norm is None:
         return x
     wide = x.astype(np.float64)
-    out = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
+    out: Array = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
     if norm.weighted:
         out = out * parameters[f"norm_{position}"].astype(np.float64)
     return out * norm.scale
@@ -174,13 +174,15 @@ def _score(router: RouterSpec, logits: Array) -> Array:
     if router.score is Score.SIGMOID:
         return _sigmoid(logits)
     if router.score is Score.SQRT_SOFTPLUS:
-        return np.sqrt(np.logaddexp(logits, 0.0))
+        root: Array = np.sqrt(np.logaddexp(logits, 0.0))
+        return root
     return logits
 
 
 def _softmax(values: Array) -> Array:
-    top = np.exp(values - values.max(axis=1, keepdims=True, initial=-np.inf))
-    return top / top.sum(axis=1, keepdims=True)
+    top: Array = np.exp(values - values.max(axis=1, keepdims=True, initial=-np.inf))
+    total: Array = top.sum(axis=1, keepdims=True)
+    return top / total
 
 
 def _select(router: RouterSpec, score: Array, parameters: Parameters) -> Array:

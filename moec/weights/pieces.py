@@ -35,7 +35,7 @@ class Piece:
         if len(self.index) != len(self.shape):
             raise BadWeights(f"{self.tensor}: {len(self.index)} slices for shape {self.shape}")
         for axis in self.index:
-            if not isinstance(axis, str) and len(axis) == 3 and (axis[0] < 0 or axis[2] < 1):
+            if not _forward(axis):
                 raise BadWeights(f"{self.tensor}: the slice {axis} is not forward")
 
     def name(self, expert: int) -> str:
@@ -44,7 +44,14 @@ class Piece:
 
     def elements(self) -> int:
         """Elements that one expert takes from the tensor."""
-        return math.prod(_extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True))
+        return math.prod(
+            _extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True)
+        )
+
+    def holds(self, experts: int) -> bool:
+        """Whether every slice lies inside the tensor, for each of `experts` experts."""
+        ends = (_end(axis, experts) for axis in self.index)
+        return all(end <= size for end, size in zip(ends, self.shape, strict=True))
 
     def cut(self, array: Array, expert: int) -> Array:
         """The view of `array` that this piece means, rows first."""
@@ -60,12 +67,27 @@ class Piece:
         return view.swapaxes(-1, -2) if self.transpose else view
 
 
+def _forward(axis: Axis) -> bool:
+    if isinstance(axis, str):
+        return axis == "e"
+    if len(axis) == 2:
+        return axis[1] >= 1
+    return 0 <= axis[0] <= axis[1] and axis[2] >= 1
+
+
 def _extent(axis: Axis, size: int) -> int:
     if isinstance(axis, str):
         return 1
     if len(axis) == 2:
         return axis[1]
     return len(range(*slice(*axis).indices(size)))
+
+
+def _end(axis: Axis, experts: int) -> int:
+    """How many entries an axis must have at least."""
+    if isinstance(axis, str):
+        return experts
+    return axis[1] * experts if len(axis) == 2 else axis[1]
 
 
 @dataclass(frozen=True)
@@ -92,6 +114,8 @@ class ParamPlan:
             end = piece.rows[1]
             if piece.elements() != (piece.rows[1] - piece.rows[0]) * width:
                 raise BadWeights(f"{piece.tensor} does not fill rows {piece.rows} of {width}")
+            if not piece.holds(self.experts):
+                raise BadWeights(f"{piece.tensor} {piece.shape} has no {self.experts} experts")
         if end != rows:
             raise BadWeights(f"the pieces fill {end} of {rows} rows")
 

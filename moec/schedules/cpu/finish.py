@@ -68,9 +68,7 @@ def combine(
                 em.store(b.y, em.bind(out), at, dtype)
             for c in range(full * em.lanes, width):
                 spot = [t, i64(c)]
-                out = value(
-                    lambda n, spot=spot: tirx.BufferLoad(getattr(b, n), spot), _scalar
-                )
+                out = value(lambda n, spot=spot: tirx.BufferLoad(getattr(b, n), spot), _scalar)
                 if residual:
                     out = out + load_scalar(b.residual, spot, dtype)
                 store_scalar(b.y, out, spot, dtype)

@@ -31,6 +31,7 @@ from .isa import Isa
 from .matmul import Projection
 from .tiles import Operand, Panels
 
+
 @dataclass(frozen=True)
 class CpuConfig:
     """Tunable choices: `block_words` of K that a panel of the second matmul is split into."""
@@ -112,7 +113,9 @@ class CpuLowering(Lowering):
         args, attrs = linear.OP.bind(call), attributes(call)
         name = args["weight"].name
         made = self.buffer(bb, args["x"])
-        source = self.spec.dtype if made is not None and made.name == "h" else dtype_of(args["x"].ty)
+        source = (
+            self.spec.dtype if made is not None and made.name == "h" else dtype_of(args["x"].ty)
+        )
         proj = self._projection(name, "bias" in args, source)
         rows = self._stage(bb, args["x"], proj.operand)
         operands = [rows, args["weight"], *([args["bias"]] if proj.bias else [])]
@@ -198,9 +201,7 @@ class CpuLowering(Lowering):
         weighted = bool(attrs["weighted_input"])
         first = self._projection("gate_up", "gate_up_bias" in args, dtype_of(args["x"].ty))
         second = self._projection("down", "down_bias" in args, self.spec.dtype)
-        rows = self._stage(
-            bb, args["x"], first.operand, args["topk_weights"] if weighted else None
-        )
+        rows = self._stage(bb, args["x"], first.operand, args["topk_weights"] if weighted else None)
         act, _ = grouped_matmul.activation_of(attrs)
         out, top_k, words = self._hidden("down"), self.spec.experts.top_k, self.config.block_words
         kernel = self.kernel(

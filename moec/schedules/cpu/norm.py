@@ -43,16 +43,7 @@ def rms_norm(
         full = width // em.lanes
         tail = range(full * em.lanes, width)
         with chunk(tokens, threads) as (begin, end), loop(end, begin) as t:
-            total = T.alloc_buffer((1,), em.f32v)
-            T.buffer_store(total, em.splat(0.0), [0])
-            with loop(full) as c:
-                value = em.bind(em.load(b.x, [t, c * em.lanes], dtype))
-                T.buffer_store(total, em.fma(value, value, tirx.BufferLoad(total, [0])), [0])
-            squares = scalar("float32", em.reduce_add(tirx.BufferLoad(total, [0])))
-            for c in tail:
-                value = em.bind(load_scalar(b.x, [t, i64(c)], dtype))
-                T.buffer_store(squares, tirx.BufferLoad(squares, [0]) + value * value, [0])
-            mean = tirx.BufferLoad(squares, [0]) / f32(float(width)) + f32(spec.eps)
+            mean = _squares(em, b.x, t, dtype, width) / f32(float(width)) + f32(spec.eps)
             factor = em.bind(f32(1.0) / T.sqrt(mean))
             splat = em.bind(tirx.Broadcast(factor, em.lanes))
             with loop(full) as c:
@@ -75,3 +66,18 @@ def rms_norm(
                 store_scalar(b.y, value, [t, i64(c)], out_dtype)
 
     return build(symbol, isa, tuple(args), body)
+
+
+def _squares(em: Emit, x: Any, t: Any, dtype: str, width: int) -> Any:
+    """The sum of the squares of row t."""
+    full = width // em.lanes
+    total = T.alloc_buffer((1,), em.f32v)
+    T.buffer_store(total, em.splat(0.0), [0])
+    with loop(full) as c:
+        value = em.bind(em.load(x, [t, c * em.lanes], dtype))
+        T.buffer_store(total, em.fma(value, value, tirx.BufferLoad(total, [0])), [0])
+    squares = scalar("float32", em.reduce_add(tirx.BufferLoad(total, [0])))
+    for c in range(full * em.lanes, width):
+        value = em.bind(load_scalar(x, [t, i64(c)], dtype))
+        T.buffer_store(squares, tirx.BufferLoad(squares, [0]) + value * value, [0])
+    return tirx.BufferLoad(squares, [0])
