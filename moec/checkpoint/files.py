@@ -33,7 +33,6 @@ def is_plain_name(name: str) -> bool:
         name not in ("", ".", "..")
         and name.isprintable()  # no control characters, and no lone surrogates
         and not any(c in "/\\:" for c in name)
-        and pathlib.PurePosixPath(name).name == name
     )
 
 
