@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .define import Attrs, OpDef, Types, require, same, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    routed = shape_of(types["routed"])
-    for name in ("shared", "residual"):
+    tokens, width = expect("combine", types, "routed", "T", "H")
+    for name, columns in (("shared", width), ("gate", 1), ("residual", width)):
         if name in types:
-            shape = shape_of(types[name])
-            ok = same(shape[0], routed[0]) and same(shape[1], routed[1])
-            require("combine", ok, name, shape, str(routed))
-    return tensor(routed, str(attrs["dtype"]))
+            expect("combine", types, name, tokens, columns)
+    return tensor([tokens, width], str(attrs["dtype"]))
 
 
 OP = OpDef("combine", __doc__, ("routed",), ("shared", "gate", "residual"), _infer)

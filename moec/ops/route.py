@@ -8,20 +8,18 @@ from tvm import relax
 
 from ..spec import RouterSpec
 from .attrs import from_attrs, to_attrs
-from .define import Attrs, OpDef, Types, require, same, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, require, tensor, text
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, experts = shape_of(types["logits"])
     spec = spec_of(attrs)
-    logits = f"[{tokens}, {experts}]"
-    require("route", same(experts, spec.num_experts), "logits", logits, f"[T, {spec.num_experts}]")
+    tokens, experts = expect("route", types, "logits", "T", spec.num_experts)
     for name in ("selection_bias", "per_expert_scale"):
-        require("route", (name in types) == getattr(spec, name), name, "given or missing",
-                f"{name}={getattr(spec, name)}")  # fmt: skip
-        if name in types:
-            shape = shape_of(types[name])
-            require("route", same(shape[0], experts), name, shape, f"[{experts}]")
+        given, wanted = name in types, bool(getattr(spec, name))
+        state, need = ("given", "none") if given else ("missing", text([experts]))
+        require("route", given == wanted, name, state, need)
+        if given:
+            expect("route", types, name, experts)
     return relax.TupleType(
         [tensor([tokens, spec.top_k], "int32"), tensor([tokens, spec.top_k], "float32")]
     )
