@@ -18,6 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # nothing of ops, so that the runtime may pack weights that stayed in a checkpoint.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "text": set(),
     "spec": {"errors"},
     "host": {"errors"},
     "target": {"errors", "host"},
@@ -25,11 +26,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"errors", "spec", "formats"},
     "checkpoint": {"errors"},
     "weights": {"errors", "spec", "formats", "checkpoint"},
-    "frontend": {"errors", "spec", "formats", "ops", "checkpoint", "weights"},
+    "frontend": {"errors", "text", "spec", "formats", "ops", "checkpoint", "weights"},
     "schedules": {"errors", "spec", "target", "formats", "ops"},
     "artifact": {"errors", "spec", "target", "host"},
     "compiler": {
-        "errors", "spec", "target", "host", "formats", "ops", "checkpoint", "weights",
+        "errors", "text", "spec", "target", "host", "formats", "ops", "checkpoint", "weights",
         "frontend", "schedules", "artifact",
     },
     "runtime": {"errors", "spec", "target", "host", "artifact", "checkpoint", "weights"},
