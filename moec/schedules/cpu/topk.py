@@ -34,7 +34,7 @@ def argmax(
         better = tirx.Or(value > old, tirx.And(value >= old, old_at > index))
         if below is not None:
             better = tirx.And(better, value < em.splat(below))
-        better = em.bind(better)
+        # `better` is not bound to a name: TVM's analyzer fails on bound boolean vectors.
         T.buffer_store(where, tirx.Select(better, index, old_at), [0])
         T.buffer_store(best, tirx.Select(better, value, old), [0])
     top = tirx.Broadcast(em.reduce_max(tirx.BufferLoad(best, [0])), em.lanes)
