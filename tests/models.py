@@ -8,6 +8,7 @@ dtype. Sizes are tiny, variant "b" of every family has none that is a multiple o
 
 from __future__ import annotations
 
+import copy
 import pathlib
 from typing import Any
 
@@ -140,6 +141,13 @@ def _randomise(model: Any, hidden: int) -> None:
                 tensor.copy_(noise * (2.0 / hidden**0.5))
             elif tensor.is_floating_point() and tensor.dim() >= 2:
                 tensor.copy_(noise * (1.5 / hidden**0.5))
+
+
+def widened(model: Any) -> Any:
+    """The same model with the same weights, computing in float32."""
+    twin = copy.deepcopy(model).float()
+    twin.config.dtype = torch.float32
+    return twin
 
 
 def moe_layers(model: Any) -> list[int]:
