@@ -360,7 +360,7 @@ class NormSpec:
     """RMSNorm in float32: x * (mean(x^2) + eps)^-0.5, times a vector when `weighted`.
 
     `offset` is added to the stored vector. With `vector_first` x is multiplied by the vector
-    and rounded to the model's dtype before it is normalised.
+    before it is normalised.
     """
 
     eps: float = 1e-6

@@ -38,7 +38,7 @@ _GROUPS_B = {"n_group": 3, "topk_group": 2, "norm_topk_prob": False}
 _NO_NORM = {"norm_topk_prob": False}
 _SPARSE = ["sparse", "dense", "sparse"]
 _DBRX = {"kv_n_heads": 2, "rope_theta": 1e4}
-_DOTS = {"layer_types": ["full_attention"] * 4, "use_sliding_window": False}
+_DOTS = {"use_sliding_window": False}
 _GEMMA = {"hidden_size_per_layer_input": 0, "enable_moe_block": True}
 
 # family -> (config class, model class, what is special in variant "a", in variant "b")
@@ -206,7 +206,7 @@ FAMILIES: dict[str, Row] = {
                         {"moe_hidden_size": 18, "mlp_layer_types": _SPARSE,
                          "routed_scaling_factor": 1.5}),
     "dots3_note_text": ("Dots3NoteTextConfig", "Dots3NoteTextModel",
-                        {**_GROUPS_A, "shared_experts_intermediate_size": 24},
-                        {**_GROUPS_B, "shared_experts_intermediate_size": 20,
+                        {**_GROUPS_A, **_DOTS, "shared_experts_intermediate_size": 24},
+                        {**_GROUPS_B, **_DOTS, "shared_experts_intermediate_size": 20,
                          "mlp_layer_types": _SPARSE}),
 }  # fmt: skip

@@ -40,12 +40,14 @@ def expert_loop(
     out: Operand,
     top_k: int,
     weighted_input: bool,
+    rows_out: bool,
     block_words: int,
 ) -> Kernel:
     """rows, topk_ids, topk_weights, both weights -> y [T, H] float32.
 
     `members` [S] (the pairs of the current expert) and `h` [S] are scratch; `h_words` is the
-    same memory as `h`, as the second matmul reads it.
+    same memory as `h`, as the second matmul reads it. With `rows_out` y is [S], the rows
+    themselves in the order of their pairs.
     """
     args = (
         staged("rows", first.operand, top_k if weighted_input else 1),
@@ -53,7 +55,7 @@ def expert_loop(
         Buf("topk_weights", (PerToken(), top_k), "float32", True),
         *first.args("gate_up"),
         *second.args("down"),
-        accumulator("y", second.panels.rows, isa.panel),
+        accumulator("y", second.panels.rows, isa.panel, top_k if rows_out else 1),
         Buf("members", (PerToken(top_k),), "int32"),
         hidden("h", out, top_k),
     )
@@ -69,7 +71,7 @@ def expert_loop(
             return em.bind(tirx.Cast("int64", tirx.BufferLoad(b.members, [at])))
 
         with chunk(i64(second.panels.count), threads) as (begin, end):
-            zero_columns(em, b.y, tokens, begin, end)
+            zero_columns(em, b.y, tokens * top_k if rows_out else tokens, begin, end)
         with loop(first.panels.groups) as e:
             count = scalar("int64", i64(0))
             with loop(tokens) as t, loop(top_k) as k:
@@ -102,6 +104,9 @@ def expert_loop(
                             for pair, values in zip(pairs, acc, strict=True):
                                 t = em.bind(tirx.floordiv(pair, i64(top_k)))
                                 w: Any = None
+                                if rows_out:
+                                    accumulate(em, b.y, pair, p, values, None)
+                                    continue
                                 if not weighted_input:
                                     k = tirx.floormod(pair, i64(top_k))
                                     w = tirx.BufferLoad(b.topk_weights, [t, k])

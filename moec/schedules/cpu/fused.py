@@ -86,12 +86,19 @@ def gate_up(
 
 
 def down(
-    symbol: str, isa: Isa, proj: Projection, top_k: int, weighted: bool, block_words: int
+    symbol: str,
+    isa: Isa,
+    proj: Projection,
+    top_k: int,
+    weighted: bool,
+    each: bool,
+    block_words: int,
 ) -> Kernel:
     """Second grouped matmul with the routing weight and the sum over experts fused in.
 
     h [S], row_order, expert_offsets, (topk_weights), weights -> y [T, H] float32, where
     y[t] = sum over the experts of t, in ascending order, of w * (down_e h + bias_e).
+    With `each` y is [S], the rows themselves in the order of their pairs.
     """
     experts = proj.panels.groups
     blocks = k_blocks(proj.panels, block_words)
@@ -101,13 +108,13 @@ def down(
         *_sorting(experts, top_k),
         *weights,
         *proj.args("down"),
-        accumulator("y", proj.panels.rows, isa.panel),
+        accumulator("y", proj.panels.rows, isa.panel, top_k if each else 1),
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
         def finish(p: Any, pairs: list[Any], acc: Acc) -> None:
             for pair, values in zip(pairs, acc, strict=True):
-                t = em.bind(tirx.floordiv(pair, i64(top_k)))
+                t = pair if each else em.bind(tirx.floordiv(pair, i64(top_k)))
                 w = None
                 if weighted:
                     k = tirx.floormod(pair, i64(top_k))
@@ -116,7 +123,7 @@ def down(
                 accumulate(em, b.y, t, p, values, w)
 
         with chunk(i64(proj.panels.count), threads) as (begin, end):
-            zero_columns(em, b.y, tokens, begin, end)
+            zero_columns(em, b.y, tokens * top_k if each else tokens, begin, end)
             with loop(experts) as e:
                 first = em.bind(_at(b.expert_offsets, e))
                 last = em.bind(_at(b.expert_offsets, e + 1))
