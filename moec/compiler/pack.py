@@ -47,7 +47,7 @@ class Packing:
             tvm_ffi.from_dlpack(_raw(array), require_alignment=array.itemsize)
             for array in (source, out)
         )
-        self._module[symbol](*tensors, 1, self._threads)
+        self._module[symbol](*tensors, self._threads)
 
 
 def layout(packed: Mapping[str, Packed]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -41,10 +41,11 @@ class Machine:
     threads: int
 
 
-def measure(weights_dtype: str) -> Machine:
-    """Measure this machine with all cores of the process, for weights of a dtype."""
+def measure(weights_dtype: str, threads: int | None = None) -> Machine:
+    """Measure this machine for weights of a dtype; default: all cores of the process."""
     target = resolve("cpu")
-    isa, threads = ISAS[target.isa], min(host.cores(), _MOST_THREADS)
+    isa = ISAS[target.isa]
+    threads = min(threads or host.cores(), _MOST_THREADS)
     pairs = isa.bf16_dot and weights_dtype == "bfloat16"
     kernels = [_read_kernel(isa), _peak_kernel(isa, pairs)]
     module = compile_module({k.symbol: k.func for k in kernels}, target)
@@ -53,7 +54,7 @@ def measure(weights_dtype: str) -> Machine:
     sums = _shared(np.zeros((_MOST_THREADS, isa.lanes), np.float32))
     read, peak = module["read"], module["peak"]
     spent = _best(lambda: read(memory, sums, rows, threads))
-    flops_spent = _best(lambda: peak(sums, 1, threads))
+    flops_spent = _best(lambda: peak(sums, threads))
     per_fma = 4 if pairs else 2
     done = per_fma * isa.lanes * _accumulators(isa) * _ROUNDS * threads
     return Machine(_READ_BYTES / spent, done / flops_spent, threads)
