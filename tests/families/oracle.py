@@ -6,7 +6,10 @@ experts module (or, where it has none, what its router returns), so nothing of i
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -49,11 +52,25 @@ def run(model: Any, layer: int, x: Array, token_ids: Array) -> tuple[Array, Arra
     routing = _Routing(block)
     states = torch.from_numpy(x)
     try:
-        y = _call(holder, block, states, torch.from_numpy(token_ids))
+        with lowest_id_first():
+            y = _call(holder, block, states, torch.from_numpy(token_ids))
     finally:
         routing.remove()
     ids, weights = routing.result(states)
     return y.reshape(x.shape).numpy(), ids.numpy().astype(np.int32), weights.float().numpy()
+
+
+@contextlib.contextmanager
+def lowest_id_first() -> Iterator[None]:
+    """torch.topk leaves open which of equal values it takes: here it takes the lowest index."""
+
+    def topk(values: torch.Tensor, k: int, dim: int = -1, **_: Any) -> Any:
+        ordered = torch.sort(values, dim=dim, descending=True, stable=True)
+        kept = [part.narrow(dim, 0, k) for part in ordered]
+        return torch.return_types.topk(kept)
+
+    with mock.patch.object(torch, "topk", topk), mock.patch.object(torch.Tensor, "topk", topk):
+        yield
 
 
 def _call(layer: Any, block: Any, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -82,6 +99,8 @@ class _Routing:
 
     def __init__(self, block: Any) -> None:
         self.experts: tuple[Any, ...] = ()
+        # privacy-filter divides its weights by k and multiplies the output by k.
+        self.unit = block.num_experts if "PrivacyFilter" in type(block).__name__ else 1
         self.router: tuple[Any, ...] = ()
         self.module = getattr(block, "gate", None) or getattr(block, "router", None)
         self._hooks = [self.module.register_forward_hook(self._returned)]
@@ -107,7 +126,7 @@ class _Routing:
             ids = torch.cat([ids.reshape(len(x), -1), last], dim=1)
             return ids, torch.cat([weights.reshape(len(x), -1), shared], dim=1)
         if len(self.experts) == 3:
-            return self.experts[1], self.experts[2]
+            return self.experts[1], self.experts[2] * self.unit
         if len(self.router) == 5:  # jetmoe: sorted pairs; its own steps on its own logits
             top = self.router[4].topk(self.module.top_k, dim=1)
             return top.indices, torch.softmax(top.values, dim=1)
