@@ -390,13 +390,13 @@ class BlockNorms:
 
     router_input: NormSpec | None = None
     experts_input: NormSpec | None = None
-    latent_input: NormSpec | None = None
-    expert_output: NormSpec | None = None
     experts_output: NormSpec | None = None
     shared_input: NormSpec | None = None
     shared_output: NormSpec | None = None
     block_output: NormSpec | None = None
     residual: bool = False
+    latent_input: NormSpec | None = None
+    expert_output: NormSpec | None = None
 
 
 NORM_POSITIONS = tuple(f.name for f in fields(BlockNorms) if f.name != "residual")
@@ -425,8 +425,8 @@ class MoESpec:
     experts: ExpertsSpec
     shared: SharedExpertSpec | None = None
     norms: BlockNorms = BlockNorms()
-    output_bias: bool = False  # one [H] vector added to the block's output
     weight_dtypes: tuple[tuple[str, str], ...] = ()
+    output_bias: bool = False  # one [H] vector added to the block's output
 
     def __post_init__(self) -> None:
         _check(
@@ -509,12 +509,14 @@ class MoESpec:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for the manifest; `from_json` restores an equal value."""
-        return _plain(asdict(self))
+        data: dict[str, Any] = _plain(asdict(self))
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> MoESpec:
         """The inverse of `to_json`; raises BadSpec on unknown or missing fields."""
-        return restore(MoESpec, data)
+        spec: MoESpec = restore(MoESpec, data)
+        return spec
 
 
 def _plain(value: Any) -> Any:
@@ -562,6 +564,7 @@ def _restore(cls: Any, data: Any, path: str) -> Any:
     unknown = sorted(set(data) - known)
     if unknown:
         raise BadSpec(f"{path}: unknown field {unknown[0]!r}", where=path)
+    _flags(cls, data, path)
     values: dict[str, Any] = {}
     for name, value in data.items():
         here = f"{path}.{name}"
@@ -575,13 +578,28 @@ def _restore(cls: Any, data: Any, path: str) -> Any:
         elif name in _NESTED and value is not None:
             values[name] = _restore(_NESTED[name], value, here)
         elif name == "weight_dtypes":
-            values[name] = tuple((str(k), str(v)) for k, v in value)
+            values[name] = _pairs(value, here)
         else:
             values[name] = value
     try:
         return cls(**values)
     except TypeError as error:
         raise BadSpec(f"{path}: {error}", where=path) from None
+
+
+def _flags(cls: Any, data: dict[str, Any], path: str) -> None:
+    # No class checks its flags itself, and any text would count as true.
+    for f in fields(cls):
+        if f.type == "bool" and not isinstance(data.get(f.name, False), bool):
+            here = f"{path}.{f.name}"
+            raise BadSpec(f"{here}: {data[f.name]!r} is neither true nor false", where=here)
+
+
+def _pairs(value: Any, path: str) -> tuple[tuple[str, str], ...]:
+    try:
+        return tuple((str(k), str(v)) for k, v in value)
+    except (TypeError, ValueError):
+        raise BadSpec(f"{path}: {value!r} is no list of pairs", where=path) from None
 
 
 def restore(cls: Any, data: Any, path: str = "spec") -> Any:

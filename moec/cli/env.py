@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import host
 from ..errors import TargetError
-from .console import Console, size
+from ..text import size
+from .console import Console
 
 _PACKAGES = (
     "moec",

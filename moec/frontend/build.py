@@ -7,9 +7,10 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import BadSpec, BadWeights
-from ..spec import MoESpec
+from ..spec import FLOAT_DTYPES, MoESpec
 from ..weights import ParamPlan, Piece, WeightPlan
 from .family import Family
+from .faults import bad_family
 from .sources import (
     SLOTS,
     Source,
@@ -36,25 +37,25 @@ class Block:
 
 def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoESpec:
     """The MoESpec that the family's templates give; BadSpec tells which fields were read."""
-    family, values = fields.family, fields.values
-    shared = resolve(family.shared, fields) or None
-    if shared is not None and not shared.get("intermediate_size"):
-        shared = None  # a width of 0 or null is how configs say that there is none
-    activation = resolve(family.activation, fields)
+    values = fields.values
+    shared = _resolved("shared", fields)
+    if not shared.get("intermediate_size"):
+        shared = {}  # a width of 0 or null is how configs say that there is none
+    activation = _resolved("activation", fields)
     sizes = {"num_experts": values["num_experts"], "top_k": values["top_k"]}
     data: dict[str, Any] = {
         "dtype": dtype,
-        "router": {**sizes, **resolve(family.router, fields)},
+        "router": {**sizes, **_resolved("router", fields)},
         "experts": {
             **sizes,
             "hidden_size": values["hidden_size"],
             "intermediate_size": values["intermediate_size"],
             "activation": activation,
-            **resolve(family.experts, fields),
+            **_resolved("experts", fields),
         },
-        "shared": shared and {"activation": activation, **shared},
-        "norms": resolve(family.norms, fields),
-        **resolve(family.spec, fields),
+        "shared": {"activation": activation, **shared} if shared else None,
+        "norms": _resolved("norms", fields),
+        **_resolved("spec", fields),
         "weight_dtypes": sorted(weight_dtypes.items()),
     }
     try:
@@ -64,13 +65,25 @@ def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoES
         groups = tuple(n for n in values if "group" in n)
         raise BadSpec(
             error.message,
-            where="config.json",
-            need=error.need,
+            where=f"config.json, as {fields.family.source} reads it",
+            need=error.need or "values of one layer that fit together",
             hint=f"the config says {fields.describe((*names, *groups))}",
         ) from None
 
 
-def make_block(checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str) -> Block:
+def _resolved(name: str, fields: Fields) -> dict[str, Any]:
+    """A table of templates with its values; null counts as an empty table."""
+    value = resolve(getattr(fields.family, name), fields)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_family(f"{name} gives {value!r}", fields.family.source, "a table")
+    return value
+
+
+def make_block(
+    checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str
+) -> Block:
     """The block of `layer`; what is missing on disk is left to `plan.problems`."""
     family, fields = fields.family, fields.at(layer)
     base = prefix + family.layer.replace("{L}", str(layer))
@@ -83,7 +96,8 @@ def make_block(checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, 
         slots = (slots[0] for slots in combinations(name))
         slot = next((s for s in slots if s in sources and name in spec.parameters()), None)
         stored = checkpoint.tensors.get(base + sources[slot].name) if slot else None
-        if stored is not None and stored.dtype != dtype:
+        # An unsupported dtype is left to `plan.problems`, which names the tensor.
+        if stored is not None and stored.dtype != dtype and stored.dtype in FLOAT_DTYPES:
             dtypes[name] = stored.dtype
     spec = make_spec(fields, dtype, dtypes)
     params = []
@@ -125,32 +139,21 @@ def _dims(spec: MoESpec) -> dict[str, int]:
 
 
 def _table(family: Family, layout: str) -> dict[str, Any]:
-    own = {
-        slot: source.replace("{x}", family.block) if isinstance(source, str) else source
-        for slot, source in family.layouts[layout].items()
-    }
     # A layout that says how gate and up are stored replaces every other way of saying it.
-    return {**family.tensors, **own}
+    return {**family.tensors, **family.layouts[layout]}
 
 
-def _sources(
-    checkpoint: Checkpoint, family: Family, base: str, layout: str
-) -> dict[str, Source]:
+def _sources(checkpoint: Checkpoint, family: Family, base: str, layout: str) -> dict[str, Source]:
     out: dict[str, Source] = {}
     for slot, value in _table(family, layout).items():
-        if slot not in SLOTS:
-            raise BadSpec(f"unknown tensor {slot!r}", where=family.source, need=", ".join(SLOTS))
-        choices = [parse_source(v, family.source) for v in (
-            value if isinstance(value, list) else [value]
-        )]  # fmt: skip
+        texts = value if isinstance(value, list) else [value]
+        choices = [parse_source(t.replace("{x}", family.block), family.source) for t in texts]
         found = (c for c in choices if base + c.name.replace("{e}", "0") in checkpoint.tensors)
         out[slot] = next(found, choices[0])
     return out
 
 
-def choose_layout(
-    checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]
-) -> str:
+def choose_layout(checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]) -> str:
     """The layout of which most expert tensors are there, with the shapes that it states.
 
     Ties go to the layout that the family lists first.
@@ -193,10 +196,10 @@ def _pieces(
                     SLOTS[slot], source, name, row, dims, family.source, experts
                 )
             return tuple(pieces)
-    raise BadSpec(
+    raise bad_family(
         f"the family names no tensor for {param}",
-        where=family.source,
-        need=" or ".join(" and ".join(slots) for slots in choices),
+        family.source,
+        " or ".join(" and ".join(slots) for slots in choices),
     )
 
 
@@ -207,13 +210,23 @@ def holds_experts(checkpoint: Checkpoint, family: Family, base: str) -> str | No
         down = sources.get("down")
         name = base + down.name.replace("{e}", "0") if down else ""
         # `{x}down_proj` without the experts level is also the name of a dense layer's matrix.
-        if down and name in checkpoint.tensors and len(checkpoint.tensors[name].shape) == len(
-            down.axes
+        if (
+            down
+            and name in checkpoint.tensors
+            and len(checkpoint.tensors[name].shape) == len(down.axes)
         ):
             return name
     return None
 
 
-def unfit(message: str, checkpoint: Checkpoint, need: str, hint: str | None = None) -> BadWeights:
-    """A BadWeights about the whole checkpoint."""
-    return BadWeights(message, where=str(checkpoint.path), need=need, hint=hint)
+def unfit(
+    message: str,
+    checkpoint: Checkpoint,
+    need: str,
+    hint: str = "use the config.json that was made with these weights",
+    *,
+    tensor: str | None = None,
+) -> BadWeights:
+    """A BadWeights about the file of `tensor`, or about the whole checkpoint."""
+    file = checkpoint.tensors[tensor].file if tensor else ""
+    return BadWeights(message, where=str(checkpoint.path / file), need=need, hint=hint)

@@ -1,6 +1,6 @@
 """A family as data: one TOML (or JSON) file, checked field by field when it is loaded.
 
-docs in families/README: what each key means. Nothing here knows any family by name. A file
+families/_template.toml says what each key means. Nothing here knows any family by name. A file
 with `like = "other"` starts from the built-in family of that name: its own keys replace those
 of the other, tables key by key, and `drop` names what to leave out ("layers", "config.freq").
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+import os
 import pathlib
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import BadSpec
+from . import grammar
+from .faults import bad_family
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,6 +89,10 @@ class Common:
 _KINDS = ("size", "count", "integer", "number", "flag", "text", "ints", "texts", "length")
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_experts", "top_k")
 _TUPLES = ("model_types", "prefixes", "owns", "ignore", "spare", "notes")
+_NAMES: dict[Any, str] = {dict: "table", list: "list"}
+_REQUIRED = (
+    "family", "model_types", "prefixes", "layer", "block", "owns", "layouts", "config", "tensors",
+)  # fmt: skip
 _TABLES = (
     "wrappers", "require", "router", "experts", "activation", "shared", "norms", "spec",
     "tensors",
@@ -114,7 +120,7 @@ def _folder() -> pathlib.Path:
     return pathlib.Path(str(importlib.resources.files(__package__) / "families"))
 
 
-def load(path: str | pathlib.Path) -> Family:
+def load(path: str | os.PathLike[str]) -> Family:
     """Read one family file, .toml or .json; raises BadSpec naming the file and the key."""
     path = pathlib.Path(path)
     data = _raw(path)
@@ -122,10 +128,10 @@ def load(path: str | pathlib.Path) -> Family:
     known = {f.name for f in fields(Family)} - {"source"} | {"own_layouts"}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise BadSpec(f"unknown key {unknown[0]!r}", where=where, need=", ".join(sorted(known)))
-    missing = sorted(_missing(data))
+        raise bad_family(f"unknown key {unknown[0]!r}", where, ", ".join(sorted(known)))
+    missing = [name for name in _REQUIRED if name not in data]
     if missing:
-        raise BadSpec(f"the key {missing[0]!r} is missing", where=where, need="see _template.toml")
+        raise bad_family(f"the key {missing[0]!r} is missing", where, ", ".join(_REQUIRED))
     for name in _TABLES:
         _typed(data.get(name, {}), dict, name, where)
     values: dict[str, Any] = dict(data)
@@ -137,14 +143,13 @@ def load(path: str | pathlib.Path) -> Family:
     }
     for name in _SIZES:
         if name not in values["config"]:
-            raise BadSpec(f"config.{name} is missing", where=where, need=", ".join(_SIZES))
-    for name in data.get("require", {}):
-        if name not in values["config"]:
-            raise BadSpec(f"require.{name} names no field of [config]", where=where)
+            raise bad_family(f"config.{name} is missing", where, ", ".join(_SIZES))
     values["layouts"] = _layouts(data, where)
     values.pop("own_layouts", None)
     values["layers"] = tuple(_typed(data.get("layers", []), list, "layers", where))
-    return Family(**values, source=where)
+    family = Family(**values, source=where)
+    grammar.check(family, common().maps)
+    return family
 
 
 def _raw(path: pathlib.Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -152,21 +157,24 @@ def _raw(path: pathlib.Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
     data = _parse(path)
     where = path.name
     like, drop = data.pop("like", None), _strings(data.pop("drop", []), "drop", where)
-    if like is None:
+    if like is None and not drop:
         return data
-    other = _folder() / f"{like}.toml"
-    if not isinstance(like, str) or not like.isidentifier() or not other.exists():
-        raise BadSpec(f"like: there is no built-in family {like!r}", where=where)
+    names = [p.stem for p in _folder().glob("[!_]*.toml")]
+    if like not in names:
+        raise bad_family(f"like: there is no built-in family {like!r}", where, ", ".join(names))
     if like in below:
-        raise BadSpec(f"like: {' -> '.join((*below, like))} is a circle", where=where)
-    base = _raw(other, (*below, like))
+        raise bad_family(f"like: {' -> '.join((*below, like))}", where, "no circle")
+    base = _raw(_folder() / f"{like}.toml", (*below, like))
     for key in ("example", "notes", "wrappers"):  # facts about the other family alone
         base.pop(key, None)
     for name in drop:
         table, _, key = name.partition(".")
         if (key not in base.get(table, {})) if key else (table not in base):
-            raise BadSpec(f"drop: {like} has no {name!r}", where=where)
-        base.pop(table) if not key else base[table].pop(key)
+            raise bad_family(f"drop: {like} has no {name!r}", where, "keys of the other family")
+        if key:
+            base[table].pop(key)
+        else:
+            base.pop(table)
     return _merged(base, data)
 
 
@@ -178,21 +186,14 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _missing(data: dict[str, Any]) -> set[str]:
-    required = {"family", "model_types", "prefixes", "layer", "block", "owns"}
-    return (required | {"layouts", "config", "tensors"}) - set(data)
-
-
 def _layouts(data: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     own = _typed(data.get("own_layouts", {}), dict, "own_layouts", where)
     out: dict[str, dict[str, Any]] = {}
     for name in _strings(data["layouts"], "layouts", where):
         table = own.get(name, common().layouts.get(name))
         if table is None:
-            raise BadSpec(
-                f"there is no layout {name!r}",
-                where=where,
-                need=", ".join([*own, *common().layouts]),
+            raise bad_family(
+                f"there is no layout {name!r}", where, ", ".join([*own, *common().layouts])
             )
         out[name] = _typed(table, dict, f"layout {name}", where)
     return out
@@ -200,14 +201,15 @@ def _layouts(data: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
 
 def _field(name: str, entry: Any, where: str) -> Field:
     entry = _typed(entry, dict, f"config.{name}", where)
-    unknown = sorted(set(entry) - {"key", "kind", "default", "optional", "per_layer"})
+    known = ("key", "kind", "default", "optional", "per_layer")
+    unknown = sorted(set(entry) - set(known))
     if unknown:
-        raise BadSpec(f"config.{name}: unknown key {unknown[0]!r}", where=where)
+        raise bad_family(f"config.{name}: unknown key {unknown[0]!r}", where, ", ".join(known))
     key = entry.get("key", name)
     keys = tuple(_strings([key] if isinstance(key, str) else key, f"config.{name}.key", where))
     kind = entry.get("kind", "size" if name in _SIZES else "")
     if kind not in _KINDS:
-        raise BadSpec(f"config.{name}: unknown kind {kind!r}", where=where, need=", ".join(_KINDS))
+        raise bad_family(f"config.{name}: unknown kind {kind!r}", where, ", ".join(_KINDS))
     optional = bool(entry.get("optional", False))
     required = "default" not in entry and not optional
     per_layer = bool(entry.get("per_layer", False))
@@ -216,29 +218,31 @@ def _field(name: str, entry: Any, where: str) -> Field:
 
 def _typed(value: Any, kind: type, name: str, where: str) -> Any:
     if not isinstance(value, kind):
-        raise BadSpec(f"{name} is no {kind.__name__}", where=where)
+        raise bad_family(f"{name} is no {_NAMES[kind]}", where, f"a {_NAMES[kind]}")
     return value
 
 
 def _strings(value: Any, name: str, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise BadSpec(f"{name} is no list of strings", where=where)
+        raise bad_family(f"{name} is no list of strings", where, "a list of strings")
     return value
 
 
 def _parse(path: pathlib.Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_FAMILY_FILE:
-            raise BadSpec("the family file is too large", where=str(path), need="at most 1 MiB")
+            raise bad_family("the family file is too large", str(path), "at most 1 MiB")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadSpec(f"the family file cannot be read: {error}", where=str(path)) from None
+        raise bad_family(
+            f"the family file cannot be read: {error}", str(path), "a readable file in UTF-8"
+        ) from None
     try:
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadSpec(
-            f"the family file is not well formed: {error}", where=str(path), need="TOML or JSON"
+        raise bad_family(
+            f"the family file is not well formed: {error}", str(path), "TOML or JSON"
         ) from None
     if not isinstance(data, dict):
-        raise BadSpec("the family file is no table", where=str(path), need="TOML or JSON")
+        raise bad_family("the family file is no table", str(path), "TOML or JSON")
     return data

@@ -206,5 +206,3 @@ class _Body:
         total = self.emit(combine(routed, "float32", scale, inner=True, **parts), "total")
         total = self.norm("block_output", total, "float32")
         return combine(total, spec.dtype, **last)
-
-

@@ -14,8 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BadSpec
 from ..weights import Axis, Piece
+from .faults import bad_family
 
 _SOURCE = re.compile(r"(\S+) \[([^\]]+)\]( interleaved)?")
 _AXIS = re.compile(r"(E\*)?(2?)([EHIFMNVK]|1)|2")
@@ -37,8 +37,8 @@ class Slot:
     experts: str = "E"
 
     def dims(self, dims: dict[str, int]) -> dict[str, int]:
-        """`dims` as the symbols of this slot mean them."""
-        return {**dims, **{symbol: dims[name] for symbol, name in self.sizes}}
+        """`dims` as the symbols of this slot mean them (where a size of its own is given)."""
+        return {**dims, **{symbol: dims[name] for symbol, name in self.sizes if name in dims}}
 
 
 _SCORED = (("E", "R"),)
@@ -113,10 +113,10 @@ def parse_source(text: Any, where: str) -> Source:
     match = _SOURCE.fullmatch(text) if isinstance(text, str) else None
     axes = tuple(a.strip() for a in match[2].split(",")) if match else ()
     if match is None or not all(_AXIS.fullmatch(a) for a in axes):
-        raise BadSpec(
+        raise bad_family(
             f"{text!r} is no tensor source",
-            where=where,
-            need="name [AXES] or name [AXES] interleaved, axes of E, I, H, F, M, 2I, 2F, E*I, ...",
+            where,
+            "name [AXES] or name [AXES] interleaved, axes of E, I, H, F, M, 2I, 2F, E*I, ...",
         )
     return Source(match[1], axes, match[3] is not None)
 
@@ -157,9 +157,10 @@ def make_pieces(
     index, rest = _slices(slot, source, dims)
     transpose = rest != slot.axes and rest == slot.axes[::-1]
     if rest != slot.axes and not transpose:
-        raise BadSpec(
-            f"{source.name} {list(source.axes)} cannot fill {slot.param} {list(slot.axes)}",
-            where=where,
+        raise bad_family(
+            f"{source.name} [{','.join(source.axes)}] cannot fill {slot.param}",
+            where,
+            f"the axes {', '.join(slot.axes)}, in this or the reverse order",
         )
     shape = source.shape(dims)
     rows = _size(slot.axes[0], dims)
@@ -167,7 +168,7 @@ def make_pieces(
         span = (first_row, first_row + rows)
         return (Piece(tensor, shape, span, tuple(index), transpose, experts),)
     if not slot.axes[0].startswith("2"):
-        raise BadSpec(f"{source.name}: only a 2I or 2F axis is interleaved", where=where)
+        raise bad_family(f"{source.name} cannot be interleaved", where, "an axis 2I or 2F")
     pieces = []
     for start in (0, 1):
         index[source.axes.index(slot.axes[0])] = (start, rows, 2)
@@ -177,9 +178,7 @@ def make_pieces(
     return tuple(pieces)
 
 
-def _slices(
-    slot: Slot, source: Source, dims: dict[str, int]
-) -> tuple[list[Axis], tuple[str, ...]]:
+def _slices(slot: Slot, source: Source, dims: dict[str, int]) -> tuple[list[Axis], tuple[str, ...]]:
     index: list[Axis] = []
     rest: list[str] = []
     for axis in source.axes:

@@ -41,9 +41,7 @@ def weights_error(problems: list[Problem], checkpoint: Checkpoint) -> BadWeights
     return BadWeights("\n".join(lines), where=where, need=first.need, hint=hint)
 
 
-def source_problems(
-    name: str, plan: ParamPlan, checkpoint: Checkpoint
-) -> Iterator[Problem]:
+def source_problems(name: str, plan: ParamPlan, checkpoint: Checkpoint) -> Iterator[Problem]:
     """Sources of parameter `name` that are missing, of another shape, or of another dtype."""
     seen: set[str] = set()
     for expert in range(plan.experts):

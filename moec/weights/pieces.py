@@ -38,7 +38,7 @@ class Piece:
         if len(self.index) != len(self.shape):
             raise BadWeights(f"{self.tensor}: {len(self.index)} slices for shape {self.shape}")
         for axis in self.index:
-            if not isinstance(axis, str) and len(axis) == 3 and (axis[0] < 0 or axis[2] < 1):
+            if not _forward(axis):
                 raise BadWeights(f"{self.tensor}: the slice {axis} is not forward")
 
     def name(self, expert: int) -> str:
@@ -49,13 +49,20 @@ class Piece:
         """The number of an expert within the tensor."""
         return expert - (self.experts[0] if self.experts else 0)
 
-    def holds(self, expert: int) -> bool:
+    def covers(self, expert: int) -> bool:
         """Whether an expert is one of those that the tensor holds."""
         return self.experts is None or self.experts[0] <= expert < self.experts[1]
 
     def elements(self) -> int:
         """Elements that one expert takes from the tensor."""
-        return math.prod(_extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True))
+        return math.prod(
+            _extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True)
+        )
+
+    def holds(self, experts: int) -> bool:
+        """Whether every slice lies inside the tensor, for each of `experts` experts."""
+        ends = (_end(axis, experts) for axis in self.index)
+        return all(end <= size for end, size in zip(ends, self.shape, strict=True))
 
     def cut(self, array: Array, expert: int) -> Array:
         """The view of `array` that this piece means, rows first."""
@@ -72,12 +79,27 @@ class Piece:
         return view.swapaxes(-1, -2) if self.transpose else view
 
 
+def _forward(axis: Axis) -> bool:
+    if isinstance(axis, str):
+        return axis == "e"
+    if len(axis) == 2:
+        return axis[1] >= 1
+    return 0 <= axis[0] <= axis[1] and axis[2] >= 1
+
+
 def _extent(axis: Axis, size: int) -> int:
     if isinstance(axis, str):
         return 1
     if len(axis) == 2:
         return axis[1]
     return len(range(*slice(*axis).indices(size)))
+
+
+def _end(axis: Axis, experts: int) -> int:
+    """How many entries an axis must have at least."""
+    if isinstance(axis, str):
+        return experts
+    return axis[1] * experts if len(axis) == 2 else axis[1]
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,7 @@ class ParamPlan:
 
     def of(self, expert: int) -> tuple[Piece, ...]:
         """The pieces that fill one expert (of the only one, when not per expert)."""
-        return tuple(piece for piece in self.pieces if piece.holds(expert))
+        return tuple(piece for piece in self.pieces if piece.covers(expert))
 
     def _check_rows(self, pieces: tuple[Piece, ...]) -> None:
         rows, width = self.canonical[0], math.prod(self.canonical[1:])
@@ -114,6 +136,9 @@ class ParamPlan:
             end = piece.rows[1]
             if piece.elements() != (piece.rows[1] - piece.rows[0]) * width:
                 raise BadWeights(f"{piece.tensor} does not fill rows {piece.rows} of {width}")
+            first, last = piece.experts or (0, self.experts)
+            if not piece.holds(last - first):
+                raise BadWeights(f"{piece.tensor} {piece.shape} has no {last - first} experts")
         if end != rows:
             raise BadWeights(f"the pieces fill {end} of {rows} rows")
 

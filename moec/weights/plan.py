@@ -67,9 +67,7 @@ class WeightPlan:
         fill(checkpoint, plan, e, out, allow_nonfinite)
         return out
 
-    def tensor(
-        self, checkpoint: Checkpoint, name: str, *, allow_nonfinite: bool = False
-    ) -> Array:
+    def tensor(self, checkpoint: Checkpoint, name: str, *, allow_nonfinite: bool = False) -> Array:
         """The whole canonical parameter, C-contiguous; vectors (biases, norms) as float32."""
         plan = self[name]
         out = np.empty(plan.shape, numpy_dtype(plan.dtype))

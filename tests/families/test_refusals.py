@@ -145,9 +145,8 @@ def test_more_experts_a_token_than_experts(saved: Saved, tmp_path: Path, family:
 )
 def test_refused_by_name(saved: Saved, tmp_path: Path, model_type: str) -> None:
     path = configured(saved("mixtral"), tmp_path / "m", "model_type", model_type)
-    with pytest.raises(BadSpec, match=f"{model_type}' is not supported: ") as caught:
+    with pytest.raises(BadSpec, match=f"{model_type}' is not supported: "):
         read_model(path)
-    assert caught.value.need == "a stateless MoE layer"
 
 
 def test_a_field_that_no_row_reads_is_an_error(saved: Saved, tmp_path: Path) -> None:
