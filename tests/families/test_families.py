@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import moec
 from moec.frontend import builtin
@@ -19,7 +20,7 @@ from moec.frontend import builtin
 from . import cache, oracle, published, table, tiny
 
 SCHEDULES = ("fused", "gather", "loop")
-TOKENS = (0, 1, 7, 33)
+TOKENS = (0, 1, 33)
 TOLERANCE = 1e-5
 # The baseline instruction set has the smallest kernels, hence the fastest compilation; the
 # others are covered by the tests of the first families.
@@ -33,6 +34,15 @@ CASES = [
 Array = np.ndarray[Any, Any]
 # (layer, x, token ids, second input) -> (y, ids, weights)
 Oracle = Callable[[int, Array, Array, Array], tuple[Array, Array, Array]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's threads cost more than they bring at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
