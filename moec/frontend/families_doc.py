@@ -15,7 +15,8 @@ _HEAD = """\
 # Model families
 
 Made by `python -m moec.frontend.families_doc docs/families.md` from
-`moec/frontend/families/*.toml`; do not edit. How to add one: [adding-a-family.md](adding-a-family.md).
+`moec/frontend/families/*.toml`; do not edit. How to add one is said in
+[adding-a-family.md](adding-a-family.md).
 
 Names in code style are entries of config.json. E experts, I intermediate, H hidden, F width of
 the shared expert, M latent width; `[E,H,2I]` is the order of the axes on disk.

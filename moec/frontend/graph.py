@@ -184,11 +184,11 @@ class _Body:
         h = self.emit(h, "shared_h")
         out = self.emit(linear(h, p["shared_down"]), "shared")
         out = self.norm("shared_output", out, "float32")
-        out = {"shared": out, "mix": (shared.gate, shared.scale)}
+        parts = {"shared": out, "mix": (shared.gate, shared.scale)}
         if shared.gate is not SharedGate.NONE:
             gate = linear(x, p["shared_router"], p.get("shared_router_bias"))
-            out["gate"] = self.emit(gate, "shared_gate")
-        return out
+            parts["gate"] = self.emit(gate, "shared_gate")
+        return parts
 
     def moe(self, x: Any) -> Any:
         spec = self.spec
@@ -196,7 +196,7 @@ class _Body:
         inner = self.norm("experts_input", x, spec.dtype)
         routed = self.norm("experts_output", self.experts(inner, ids, weights), "float32")
         parts = {**self.passed(inner, ids, weights), **self.shared(x)}
-        last = {
+        last: dict[str, Any] = {
             "residual": x if spec.norms.residual else None,
             "bias": self.params.get("output_bias"),
         }

@@ -60,7 +60,7 @@ def attributes(call: relax.Call) -> dict[str, Any]:
     """The attributes of a call as plain Python values."""
     if call.attrs is None:
         return {}
-    return {str(k): _plain(call.attrs[k]) for k in call.attrs.keys()}  # noqa: SIM118
+    return {str(k): _plain(call.attrs[k]) for k in call.attrs.keys()}
 
 
 def _plain(value: Any) -> Any:

@@ -204,11 +204,11 @@ def _norm(spec: MoESpec, parameters: Parameters, position: str, x: Array) -> Arr
     if norm is None:
         return x
     wide = x.astype(np.float64)
-    vector = 1.0
+    vector: Array = np.ones(1)
     if norm.weighted:
         vector = parameters[f"norm_{position}"].astype(np.float64) + norm.offset
     if norm.vector_first:
-        wide, vector = wide * vector, 1.0
+        wide, vector = wide * vector, np.ones(1)
     out = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
     return out * vector * norm.scale
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import tvm_ffi
 
-import moec.compiler.compile
 from moec.compiler import pack
 from moec.schedules.cpu import BACKEND
 from moec.schedules.cpu.codegen import compile_module, find_linker
@@ -65,7 +64,7 @@ class Objects:
         return self._files[key]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _undefined(file: Path) -> tuple[str, ...]:
     listed = subprocess.run(["nm", "-u", file], check=True, capture_output=True, text=True)
     return tuple(line.split()[-1] for line in listed.stdout.splitlines())

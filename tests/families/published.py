@@ -161,7 +161,7 @@ FAMILIES: dict[str, Published] = {
     "bailing_moe": Published(
         lambda v: _base(
             v, model_type="bailing_moe" if v == "a" else "bailing_moe_v2", num_shared_experts=1,
-            norm_topk_prob=True, first_k_dense_replace=v == "b" and 1 or 0, intermediate_size=48,
+            norm_topk_prob=True, first_k_dense_replace=int(v == "b"), intermediate_size=48,
             score_function="softmax" if v == "a" else "sigmoid",
             moe_router_enable_expert_bias=v == "b", routed_scaling_factor=1.0 if v == "a" else 2.5,
             **({} if v == "a" else {"n_group": 4, "topk_group": 2})),

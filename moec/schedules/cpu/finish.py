@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,48 +50,59 @@ def combine(
         *(optional[name] for name in present),
         Buf("y", (PerToken(), stride if padded else width), storage(dtype), True),
     )
-    has = dict.fromkeys(optional, False) | dict.fromkeys(present, True)
+    passing = "passed" in present
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
         with chunk(tokens, threads) as (begin, end), loop(end, begin) as t:
-            ours, theirs = _shares(em, b, t, mix, has["gate"])
-            passing = em.bind(tirx.BufferLoad(b.pass_weight, [t, i64(0)])) if has["passed"] else None
+            shares = _shares(em, b, t, mix, "gate" in present)
+            weight = em.bind(tirx.BufferLoad(b.pass_weight, [t, i64(0)])) if passing else None
+            parts = _Parts(present, model_dtype, scale, shares, weight)
 
-            def value(load: Any, splat: Any) -> Any:
-                out = load("routed", "float32")
-                if passing is not None:
-                    out = out + splat(passing) * load("passed", model_dtype)
-                if scale != 1.0:
-                    out = out * splat(scale)
-                if ours is not None:
-                    out = out * splat(ours)
-                if has["shared"]:
-                    own = load("shared", "float32")
-                    out = out + (own if theirs is None else own * splat(theirs))
-                if has["residual"]:
-                    out = out + load("residual", model_dtype)
-                if has["bias"]:
-                    out = out + load("bias", "float32")
-                return out
+            def at(name: str, column: Any) -> list[Any]:
+                return [column] if name == "bias" else [t, column]
 
             full = width // em.lanes
             with loop(full) as c:
+                first = c * em.lanes
+                out = parts.sum(
+                    lambda name, kind: em.load(getattr(b, name), at(name, first), kind), em.splat
+                )
+                em.store(b.y, em.bind(out), [t, first], dtype)
+            for column in range(full * em.lanes, width):
+                spot = i64(column)
 
-                def vector(name: str, kind: str, at: Any = c * em.lanes) -> Any:
-                    where = [at] if name == "bias" else [t, at]
-                    return em.load(getattr(b, name), where, kind)
+                def one(name: str, kind: str, spot: Any = spot) -> Any:
+                    return load_scalar(getattr(b, name), at(name, spot), kind)
 
-                em.store(b.y, em.bind(value(vector, em.splat)), [t, c * em.lanes], dtype)
-            for c in range(full * em.lanes, width):
-
-                def one(name: str, kind: str, at: Any = i64(c)) -> Any:
-                    return load_scalar(
-                        getattr(b, name), [at] if name == "bias" else [t, at], kind
-                    )
-
-                store_scalar(b.y, value(one, _scalar), [t, i64(c)], dtype)
+                store_scalar(b.y, parts.sum(one, _scalar), [t, spot], dtype)
 
     return build(symbol, isa, args, body)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is added up, and the factors of it; factors of 1 are None."""
+
+    present: tuple[str, ...]
+    model_dtype: str
+    scale: float
+    shares: tuple[Any, Any]
+    pass_weight: Any
+
+    def sum(self, load: Callable[[str, str], Any], splat: Callable[[Any], Any]) -> Any:
+        """The sum, of vectors or of single values as `load` gives them."""
+        ours, theirs = self.shares
+        out = load("routed", "float32")
+        if self.pass_weight is not None:
+            out = out + splat(self.pass_weight) * load("passed", self.model_dtype)
+        for factor in (self.scale if self.scale != 1.0 else None, ours):
+            out = out if factor is None else out * splat(factor)
+        if "shared" in self.present:
+            own = load("shared", "float32")
+            out = out + (own if theirs is None else own * splat(theirs))
+        if "residual" in self.present:
+            out = out + load("residual", self.model_dtype)
+        return out + load("bias", "float32") if "bias" in self.present else out
 
 
 def _shares(

@@ -33,6 +33,7 @@ from .isa import Isa
 from .matmul import Projection
 from .tiles import Operand, Panels
 
+
 @dataclass(frozen=True)
 class CpuConfig:
     """Tunable choices: `block_words` of K that a panel of the second matmul is split into."""

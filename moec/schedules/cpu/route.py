@@ -66,7 +66,9 @@ def route(symbol: str, isa: Isa, spec: RouterSpec, dtype: str, columns: int) -> 
     return build(symbol, isa, tuple(args), body)
 
 
-def _select(em: Emit, b: SimpleNamespace, t: Any, width: int, groups: int, spec: RouterSpec) -> None:
+def _select(
+    em: Emit, b: SimpleNamespace, t: Any, width: int, groups: int, spec: RouterSpec
+) -> None:
     """The best of the selectable experts, then the experts that every token passes."""
     _choice(em, b, t, width, spec)
     if spec.groups is not None:

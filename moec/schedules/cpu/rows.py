@@ -43,7 +43,7 @@ def sum_rows(symbol: str, isa: Isa, width: int, top_k: int, weighted: bool) -> K
 
 
 def pass_weight(symbol: str, isa: Isa, top_k: int, first: int, count: int) -> Kernel:
-    """topk_ids, topk_weights [T, K] -> [T, 1]: the sum of weights with first <= id < first + count."""
+    """topk_ids, topk_weights [T, K] -> [T, 1]: the weights with first <= id < first + count."""
     args = (
         Buf("topk_ids", (PerToken(), top_k), "int32", True),
         Buf("topk_weights", (PerToken(), top_k), "float32", True),
