@@ -107,7 +107,9 @@ def experts(spec: MoESpec, parameters: Parameters, x: Array, ids: Array, weights
         out = out @ parameters["latent_out"].astype(np.float64).T
     zero = (ids >= own.num_experts) & (ids < own.num_experts + own.zero_experts)
     out = out + np.where(zero, weights, 0.0).sum(axis=1, keepdims=True) * given
-    return out * (spec.router.scale if spec.router.scale_on is ScaleOn.ROUTED_SUM else 1.0)
+    if spec.router.scale_on is ScaleOn.ROUTED_SUM:
+        out = out * spec.router.scale
+    return out
 
 
 def moe(
@@ -179,8 +181,9 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 def _nonlinearity(spec: ActivationSpec, g: Array) -> Array:
     if spec.kind is Nonlinearity.SILU:
         cap = spec.gate_cap
-        linear = g if cap is None else cap * np.tanh(g / cap)
-        return linear * _sigmoid(spec.alpha * g)
+        linear: Array = g if cap is None else cap * np.tanh(g / cap)
+        out: Array = linear * _sigmoid(spec.alpha * g)
+        return out
     if spec.kind is Nonlinearity.GELU_ERF:
         return 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
     if spec.kind is Nonlinearity.GELU_TANH:
@@ -209,8 +212,9 @@ def _norm(spec: MoESpec, parameters: Parameters, position: str, x: Array) -> Arr
         vector = parameters[f"norm_{position}"].astype(np.float64) + norm.offset
     if norm.vector_first:
         wide, vector = wide * vector, np.ones(1)
-    out = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
-    return out * vector * norm.scale
+    out: Array = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
+    out = out * vector * norm.scale
+    return out
 
 
 def _score(router: RouterSpec, logits: Array) -> Array:
@@ -224,8 +228,9 @@ def _score(router: RouterSpec, logits: Array) -> Array:
 
 
 def _softmax(values: Array) -> Array:
-    top = np.exp(values - values.max(axis=1, keepdims=True, initial=-np.inf))
-    return top / top.sum(axis=1, keepdims=True)
+    top: Array = np.exp(values - values.max(axis=1, keepdims=True, initial=-np.inf))
+    top = top / top.sum(axis=1, keepdims=True)
+    return top
 
 
 def _select(router: RouterSpec, score: Array, parameters: Parameters) -> Array:
