@@ -223,8 +223,9 @@ class RouterSpec:
             )
             if self.groups.score is GroupScore.SUM_TOP2:
                 _check(size >= 2, "router.groups.count", "sum_top2 needs two experts a group")
-        mixers = self.selection is Selection.SPARSEMIXER, (
-            self.weight_source is WeightSource.SPARSEMIXER
+        mixers = (
+            self.selection is Selection.SPARSEMIXER,
+            (self.weight_source is WeightSource.SPARSEMIXER),
         )
         _check(mixers[0] == mixers[1], "router.weight_source", "sparsemixer selects and weighs")
         if mixers[0]:
@@ -429,9 +430,7 @@ class MoESpec:
     output_bias: bool = False  # one [H] vector added to the block's output
 
     def __post_init__(self) -> None:
-        _check(
-            self.dtype in FLOAT_DTYPES, "dtype", f"{self.dtype!r} is none of {FLOAT_DTYPES}"
-        )
+        _check(self.dtype in FLOAT_DTYPES, "dtype", f"{self.dtype!r} is none of {FLOAT_DTYPES}")
         _check(
             self.router.top_k == self.experts.top_k, "experts.top_k", "differs from router.top_k"
         )

@@ -33,7 +33,6 @@ def is_plain_name(name: str) -> bool:
         name not in ("", ".", "..")
         and name.isprintable()  # no control characters, and no lone surrogates
         and not any(c in "/\\:" for c in name)
-        and pathlib.PurePosixPath(name).name == name
     )
 
 
@@ -58,14 +57,14 @@ def contained(root: pathlib.Path, name: str) -> pathlib.Path:
     except (FileNotFoundError, NotADirectoryError):
         raise BadCheckpoint(
             f"the file {name} is missing",
-            where=str(root),
-            need=str(path),
+            where=str(path),
+            need="the file itself, or a link to it that leads somewhere",
             hint="download the checkpoint again",
         ) from None
     except (OSError, RuntimeError) as error:
         raise BadCheckpoint(
             f"{name} cannot be resolved: {error}",
-            where=str(root),
+            where=str(path),
             need="a file that exists",
             hint="download the checkpoint again",
         ) from None

@@ -73,6 +73,9 @@ def _read_index(root: pathlib.Path) -> dict[str, set[str] | None]:
         )
     files: dict[str, set[str]] = {}
     for tensor, file in table.items():
+        if isinstance(file, str) and file in files:  # judged before: an index repeats its files
+            files[file].add(tensor)
+            continue
         if not isinstance(file, str) or not is_plain_name(file):
             raise BadCheckpoint(
                 f"the index puts tensor {tensor!r} into {file!r}, which is not a plain file name",
@@ -82,7 +85,7 @@ def _read_index(root: pathlib.Path) -> dict[str, set[str] | None]:
             )
         if not file.endswith(".safetensors"):
             raise _wrong_format(where, file)
-        files.setdefault(file, set()).add(tensor)
+        files[file] = {tensor}
     return dict(sorted(files.items()))
 
 

@@ -192,9 +192,7 @@ def _pieces(
                 row = pieces[-1].rows[1] if pieces else 0
                 source = sources[slot]
                 name = base + source.name
-                pieces += make_pieces(
-                    SLOTS[slot], source, name, row, dims, family.source, experts
-                )
+                pieces += make_pieces(SLOTS[slot], source, name, row, dims, family.source, experts)
             return tuple(pieces)
     raise bad_family(
         f"the family names no tensor for {param}",

@@ -73,11 +73,7 @@ def _plain(value: Any) -> Any:
 
 def is_call(expr: Any, op: OpDef) -> bool:
     """Whether an expression is a call of `op`."""
-    return (
-        isinstance(expr, relax.Call)
-        and isinstance(expr.op, Op)
-        and expr.op.name == op.full_name
-    )
+    return isinstance(expr, relax.Call) and isinstance(expr.op, Op) and expr.op.name == op.full_name
 
 
 def shape_of(ty: Any) -> list[Any]:

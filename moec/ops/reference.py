@@ -86,7 +86,7 @@ def experts(spec: MoESpec, parameters: Parameters, x: Array, ids: Array, weights
     if own.latent_size is not None:
         x = given @ parameters["latent_in"].astype(np.float64).T
         x = _norm(spec, parameters, "latent_input", x)
-    out = np.zeros((len(x), own.width), np.float64)
+    out: Array = np.zeros((len(x), own.width), np.float64)
     for e in range(own.num_experts):
         tokens, slots = np.nonzero(ids == e)
         if not tokens.size:
@@ -185,11 +185,12 @@ def _nonlinearity(spec: ActivationSpec, g: Array) -> Array:
         out: Array = linear * _sigmoid(spec.alpha * g)
         return out
     if spec.kind is Nonlinearity.GELU_ERF:
-        return 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
+        exact: Array = 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
+        return exact
     if spec.kind is Nonlinearity.GELU_TANH:
         inner = math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3)
         return 0.5 * g * (1.0 + np.tanh(inner))
-    positive = np.maximum(g, 0.0)
+    positive: Array = np.maximum(g, 0.0)
     return positive if spec.kind is Nonlinearity.RELU else positive**2
 
 
@@ -223,7 +224,8 @@ def _score(router: RouterSpec, logits: Array) -> Array:
     if router.score is Score.SIGMOID:
         return _sigmoid(logits)
     if router.score is Score.SQRT_SOFTPLUS:
-        return np.sqrt(np.logaddexp(logits, 0.0))
+        root: Array = np.sqrt(np.logaddexp(logits, 0.0))
+        return root
     return logits
 
 

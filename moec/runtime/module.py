@@ -52,6 +52,12 @@ def load(
     in it runs here), UsageError (no artifact, missing checkpoint, senseless argument).
     """
     parts = _threads(threads)
+    if verify == Verify.MANIFEST:
+        raise UsageError(
+            "a library is never loaded unhashed",
+            where="verify",
+            need="full or library",
+        )
     artifact = Artifact.open(path, verify)
     name = _choose_target(artifact, device)
     workers = min(parts, host.cores())

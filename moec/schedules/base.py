@@ -41,6 +41,11 @@ class TokenRange:
     low: int = 0
     high: int | None = None
 
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"T >= {self.low}" if self.low else "any T"
+        return f"{self.low} <= T < {self.high}" if self.low else f"T < {self.high}"
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -112,9 +117,7 @@ def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Targ
 Chosen = list[tuple[Schedule, "TokenRange | None"]]
 
 
-def _named(
-    schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: Target
-) -> Schedule:
+def _named(schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: Target) -> Schedule:
     if name not in schedules:
         raise TargetError(
             f"target {target.name} has no schedule {name!r}",

@@ -44,15 +44,20 @@ def damaged(data: bytes, edits: list[tuple[str, float, int]], reach: int) -> byt
     """`data` with the edits made one after another, at places within the first `reach` bytes."""
     out = bytearray(data)
     for kind, place, byte in edits:
-        at = min(int(place * reach), len(out) - 1) if out else 0
-        if kind == "set" and out:
+        if not reach:
+            break
+        at = min(int(place * reach), reach - 1)
+        if kind == "set":
             out[at] = byte
         elif kind == "insert":
             out.insert(at, byte)
-        elif kind == "delete" and out:
+            reach += 1
+        elif kind == "delete":
             del out[at]
+            reach -= 1
         elif kind == "cut" and byte < 16:  # rarely: it leaves little else to find
             del out[at:]
+            reach = at
     return bytes(out)
 
 

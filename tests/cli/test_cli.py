@@ -15,6 +15,7 @@ import pytest
 
 from moec import cli
 from moec.cli import compile as compile_verb
+from moec.cli.console import Console
 from moec.errors import BadWeights, UsageError
 from moec.text import amount, ranges, size
 from tests.runtime import fake
@@ -316,3 +317,17 @@ def test_colour_and_progress_need_a_terminal(
     monkeypatch.setenv("NO_COLOR", "1")
     _, _, err = call(capsys, "verify", "/nowhere", "-q")
     assert "\x1b" not in err
+
+
+def test_a_table_is_wrapped_on_a_terminal_only(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("name", "text"), ("a", "many words that do not fit into one line of a terminal")]
+    Console().table(rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 50
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 40
+    assert lines[2].startswith("      ") and lines[2].strip() in rows[1][1]

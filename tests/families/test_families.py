@@ -121,9 +121,7 @@ def check_reference(path: Path, hidden: int, run: Oracle) -> float:
     ids, weights = by_id(*reference.route(block.spec, parameters, x, token_ids))
     want_ids, want_weights = by_id(want_ids, want_weights)
     np.testing.assert_array_equal(ids, want_ids)
-    y = reference.moe(
-        block.spec, parameters, x, token_ids=token_ids, shared_x=shared_x
-    )
+    y = reference.moe(block.spec, parameters, x, token_ids=token_ids, shared_x=shared_x)
     errors = error(weights, want_weights), error(y, want)
     assert max(errors) <= TOLERANCE
     return max(errors)

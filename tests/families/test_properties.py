@@ -89,7 +89,9 @@ def test_experts_have_no_order(
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text((source / "config.json").read_text())
-    save_file(_renumbered(load_file(source / "model.safetensors"), order), path / "model.safetensors")
+    save_file(
+        _renumbered(load_file(source / "model.safetensors"), order), path / "model.safetensors"
+    )
     after = last(compiled(path))
     x = random.normal(size=(33, before.spec.experts.hidden_size)).astype(np.float32)
     ids, _ = before.route(x)

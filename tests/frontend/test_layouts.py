@@ -231,6 +231,23 @@ def test_the_listed_order_gives_way_to_the_layout_that_fits(tmp_path: Path) -> N
     assert_weights(model, path, lambda n: {"router": router, "gate_up": gate_up, "down": down})
 
 
+def test_between_layouts_that_fit_equally_the_first_one_listed_wins(tmp_path: Path) -> None:
+    """Interleaved or not cannot be seen from outside."""
+    router, gate_up, down = random("float32", 4, 8, 6)
+    own = {"interleaved_b": OWN["interleaved_b"][0]}
+    for order, writer in (
+        (["interleaved_b", "stacked"], interleaved(B)),
+        (["stacked", "interleaved_b"], B),
+    ):
+        tensors = {"model.layers.0.mlp.gate.weight": router}
+        tensors |= writer(gate_up, down, "model.layers.0.mlp.")
+        path = one_layer(tmp_path / order[0], "float32", tensors, 4, 8, 6)
+        model = read_model(path, family_file(tmp_path / "f.json", order, **own))
+        assert model.blocks[0].layout == order[0]
+        want = {"router": router, "gate_up": gate_up, "down": down}
+        assert_weights(model, path, lambda n, want=want: want)
+
+
 def test_a_family_of_the_other_convention_refuses(tmp_path: Path) -> None:
     router, gate_up, down = random("float32", 4, 8, 6)
     tensors = {"model.layers.0.mlp.gate.weight": router} | A(gate_up, down, "model.layers.0.mlp.")

@@ -223,6 +223,43 @@ def test_no_two_routers_read_alike() -> None:
     assert len(set(made)) == len(made)
 
 
+# Roundings, and numbers that only say something together with a choice made in FORMULAS.
+UNTOLD = {"num_experts", "top_k", "logits_dtype", "weights_dtype", "renorm_epsilon", "renorm_p",
+          "sparsemixer_eps", "score", "selection", "weight_source"}  # fmt: skip
+TOLD: dict[str, Any] = {
+    "logit_bias": True, "logit_scale": 2.0, "logit_cap": 3.0, "selection_bias": True,
+    "groups": GroupSpec(2, 1), "renorm": Renorm.SUM, "scale": 2.0, "per_expert_scale": True,
+    "apply_to": ApplyTo.INPUT,
+}  # fmt: skip
+
+
+def test_every_field_of_a_router_is_told() -> None:
+    """A field that is added to RouterSpec must show in the line, or be listed as untold."""
+    names = {f.name for f in dataclasses.fields(RouterSpec)}
+    assert names == UNTOLD | set(TOLD) | {"scale_on"}
+    plain = formula.router(ROUTER)
+    for name, value in TOLD.items():
+        assert formula.router(dataclasses.replace(ROUTER, **{name: value})) != plain
+    scaled = dataclasses.replace(ROUTER, scale=2.0)
+    on_sum = dataclasses.replace(scaled, scale_on=ScaleOn.ROUTED_SUM)
+    assert formula.router(on_sum) != formula.router(scaled)
+
+
+def test_every_field_of_an_activation_is_told() -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "kind": {"kind": Nonlinearity.RELU},
+        "alpha": {"alpha": 2.0},
+        "clamp": {"clamp": Clamp.AFTER, "limit": 3.0},
+        "limit": {"clamp": Clamp.BEFORE, "limit": 3.0},
+        "up_offset": {"up_offset": 1.0},
+    }
+    assert set(changes) == {f.name for f in dataclasses.fields(ActivationSpec)}
+    told = {
+        formula.activation(dataclasses.replace(ActivationSpec(), **c)) for c in changes.values()
+    }
+    assert len(told) == len(changes) and formula.activation(ActivationSpec()) not in told
+
+
 @pytest.mark.parametrize(
     ("spec", "gated", "expected"),
     [

@@ -64,9 +64,7 @@ def expert_loop(
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
         words, dtype = second.operand.words
-        h_words = T.decl_buffer(
-            (tokens * top_k, i64(words)), dtype, data=b.h.data, align=64
-        )
+        h_words = T.decl_buffer((tokens * top_k, i64(words)), dtype, data=b.h.data, align=64)
 
         def member(row: Any) -> Any:
             return tirx.Cast("int64", tirx.BufferLoad(b.members, [row]))

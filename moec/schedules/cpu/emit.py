@@ -36,6 +36,19 @@ define <16 x i16> @moec_cvtbf16(<16 x float> %a) alwaysinline nounwind {
 }
 """
 
+# Every vector register counts as overwritten by the first, so no value stays in one across it;
+# no load moves across the second.
+_RELEASE_LLVM = """
+define void @moec_release_registers() alwaysinline nounwind {{
+  call void asm sideeffect "", "{clobbers}"()
+  ret void
+}}
+define void @moec_keep_order() alwaysinline nounwind {{
+  call void asm sideeffect "", "~{{memory}}"()
+  ret void
+}}
+"""
+
 _LOG2E = 1.4426950408889634
 _LN2_HI = 0.693145751953125  # 11 significant bits: n * _LN2_HI is exact for |n| < 2^13
 _LN2_LO = 1.4286068203094172e-06
@@ -76,8 +89,15 @@ class Emit:
 
     @property
     def llvm(self) -> str:
-        """LLVM IR that kernels import; empty when the ISA needs no helper."""
-        return _AVX512_BF16_LLVM if self.isa.bf16_dot else ""
+        """LLVM IR of the helpers that kernels import."""
+        name, count = self.isa.registers
+        clobbers = ",".join(f"~{{{name}{i}}}" for i in range(count))
+        release = _RELEASE_LLVM.format(clobbers=clobbers)
+        return release + (_AVX512_BF16_LLVM if self.isa.bf16_dot else "")
+
+    def release_registers(self) -> None:
+        """Keep LLVM from holding constants of an epilogue in registers that a tile needs."""
+        T.evaluate(T.call_extern("int32", "moec_release_registers"))
 
     # -- values ---------------------------------------------------------------------------
     def splat(self, value: Any) -> Any:
@@ -101,6 +121,10 @@ class Emit:
     def bind(self, value: Any) -> Any:
         """Name a value, so that it is computed once."""
         return T.bind(value)
+
+    def keep_order(self) -> None:
+        """Keep LLVM from loading early what a later step needs, for want of registers."""
+        T.evaluate(T.call_extern("int32", "moec_keep_order"))
 
     # -- arithmetic -----------------------------------------------------------------------
     def intrinsic(self, name: str, dtype: str, *args: Any) -> Any:

@@ -121,7 +121,9 @@ class CpuLowering(Lowering):
         args, attrs = linear.OP.bind(call), attributes(call)
         name = args["weight"].name
         made = self.buffer(bb, args["x"])
-        source = self.spec.dtype if made is not None and made.name == "h" else dtype_of(args["x"].ty)
+        source = (
+            self.spec.dtype if made is not None and made.name == "h" else dtype_of(args["x"].ty)
+        )
         proj = self._projection(name, "bias" in args, source)
         staged = self._stage(bb, args["x"], proj.operand)
         operands = [staged, args["weight"], *([args["bias"]] if proj.bias else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def k_blocks(panels: Panels, limit: int) -> list[tuple[int, int]]:
     if panels.depth <= limit + limit // 4:
         return [(0, panels.depth)]
     edges = [*range(0, panels.depth, limit), panels.depth]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def store_activated(
