@@ -1,7 +1,8 @@
-"""Models and artifacts that several test files share: each is made once a session."""
+"""Models and artifacts that several test files share, each made once a session; golden texts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,36 @@ from typing import Any
 import pytest
 
 Saved = Callable[[str, str, str], tuple[Any, Path]]
+Compiled = Callable[[str, str, str], tuple[Any, Any, Any]]
+Golden = Callable[[str], None]
+
+SCHEDULES = ("fused", "gather", "loop")
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden anew, to be reviewed"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Compares a text with tests/golden/<path of the test file>/<test>.txt."""
+    folder = request.path.relative_to(TESTS).with_suffix("")
+    name = re.sub(r"[^\w.]+", "-", request.node.name).strip("-")
+    path = TESTS / "golden" / folder / f"{name}.txt"
+
+    def check(text: str) -> None:
+        text = text.rstrip() + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        how = f"if that is meant, run 'pytest --update-golden {request.path}' and review the diff"
+        assert path.exists(), f"there is no {path}: {how}"
+        assert text == path.read_text(encoding="utf-8"), f"{path} differs: {how}"
+
+    return check
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +54,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         if key not in made:
             path = tmp_path_factory.mktemp("-".join(key))
             made[key] = models.tiny(*key, path), path
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def compiled(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """(family, variant, dtype) -> (transformers model, its float32 twin, loaded artifact).
+
+    All schedules are in the artifact, which lies at `loaded.path` and is not to be changed.
+    """
+    import moec
+    from tests import models
+
+    made: dict[tuple[str, str, str], Any] = {}
+
+    def get(family: str, variant: str, dtype: str) -> tuple[Any, Any, Any]:
+        key = (family, variant, dtype)
+        if key not in made:
+            model, path = saved(*key)
+            out = tmp_path_factory.mktemp("artifact") / "m.moec"
+            moec.compile(path, out=out, schedules=SCHEDULES)
+            twin = model if dtype == "float32" else models.widened(model)
+            made[key] = model, twin, moec.load(out)
         return made[key]
 
     return get

@@ -194,13 +194,17 @@ class _Body:
         spec = self.spec
         ids, weights = self.route(x)
         inner = self.norm("experts_input", x, spec.dtype)
-        routed = self.norm("experts_output", self.experts(inner, ids, weights), "float32")
+        routed, scale = self.experts(inner, ids, weights), self.routed_scale()
+        if spec.norms.experts_output is not None and scale != 1.0:
+            # The norm reads the scaled sum, so the scale cannot wait for the last op.
+            routed = self.emit(combine(routed, "float32", scale, inner=True), "scaled")
+            scale = 1.0
+        routed = self.norm("experts_output", routed, "float32")
         parts = {**self.passed(inner, ids, weights), **self.shared(x)}
         last: dict[str, Any] = {
             "residual": x if spec.norms.residual else None,
             "bias": self.params.get("output_bias"),
         }
-        scale = self.routed_scale()
         if spec.norms.block_output is None:
             return combine(routed, spec.dtype, scale, **parts, **last)
         total = self.emit(combine(routed, "float32", scale, inner=True, **parts), "total")

@@ -8,12 +8,14 @@ from tvm import tirx
 
 from ..spec import ActivationSpec
 from .attrs import from_attrs, to_attrs
-from .define import Attrs, OpDef, Types, shape_of, simplify, tensor
+from .define import Attrs, OpDef, Types, expect, require, same, simplify, tensor, text
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    rows, width = shape_of(types["x"])
+    rows, width = expect("activation", types, "x", "rows", "2I" if attrs["gated"] else "I")
     if attrs["gated"]:
+        even = same(tirx.floormod(width, 2), 0)
+        require("activation", even, "x", text([rows, width]), "[rows, 2I], gate then up")
         width = tirx.floordiv(width, 2)
     return tensor([rows, simplify(width)], str(attrs["dtype"]))
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ..spec import SharedGate
-from .define import Attrs, OpDef, Types, require, same, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    routed = shape_of(types["routed"])
-    for name in ("shared", "residual", "passed"):
+    tokens, width = expect("combine", types, "routed", "T", "H")
+    gates = 2 if attrs.get("mix") == SharedGate.SOFTMAX.value else 1
+    columns_of = {"shared": width, "gate": gates, "residual": width, "passed": width}
+    for name, columns in {**columns_of, "pass_weight": 1}.items():
         if name in types:
-            shape = shape_of(types[name])
-            ok = same(shape[0], routed[0]) and same(shape[1], routed[1])
-            require("combine", ok, name, shape, str(routed))
+            expect("combine", types, name, tokens, columns)
     if "bias" in types:
-        shape = shape_of(types["bias"])
-        ok = len(shape) == 1 and same(shape[0], routed[1])
-        require("combine", ok, "bias", shape, f"[{routed[1]}]")
-    return tensor(routed, str(attrs["dtype"]))
+        expect("combine", types, "bias", width)
+    return tensor([tokens, width], str(attrs["dtype"]))
 
 
 EXTRA = ("shared", "gate", "residual", "bias", "passed", "pass_weight")

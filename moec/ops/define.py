@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ import tvm
 from tvm import relax, tirx
 from tvm.ir import Op, register_op_attr
 from tvm.sym import Analyzer
+from tvm_ffi import register_error
 
 from ..errors import BadSpec
 
 Attrs = Mapping[str, Any]
 Types = dict[str, Any]
 Infer = Callable[[Types, Attrs], Any]
+
+_TYPED_INT, _VALUE = r"T\.int64\((-?\d+)\)", r"\1"  # how TVM prints an integer of a shape
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class OpDef:
 
     A call lists the optional operands it has in the attribute `extra` ("row_order bias"), so
     that the printed IR says what each argument is. `infer(types by operand name, attributes)`
-    raises BadSpec with op, operand and both shapes when they do not fit.
+    raises BadSpec with op, operand and both shapes when they do not fit (see `expect`).
     """
 
     name: str
@@ -91,10 +95,27 @@ def tensor(shape: Sequence[Any], dtype: str) -> relax.TensorType:
     return relax.TensorType(list(shape), dtype)
 
 
-def require(op: str, ok: bool, operand: str, got: Any, need: str) -> None:
-    """Raise BadSpec naming op, operand and shapes unless `ok`."""
+def require(op: str, ok: bool, operand: str, got: str, need: str) -> None:
+    """Raise BadSpec naming op, operand, what it is and what was needed, unless `ok`."""
     if not ok:
-        raise BadSpec(f"moec.{op}: operand '{operand}' is {got}, needed {need}", where=operand)
+        # All of it in the message: the error may cross TVM, which keeps class and text only.
+        raise BadSpec(f"moec.{op}: operand '{operand}' is {got}, needed {need}")
+
+
+def expect(op: str, types: Types, operand: str, *dims: Any, dtype: str | None = None) -> list[Any]:
+    """The dimensions of an operand; BadSpec unless it has `dims` (words are free) and `dtype`."""
+    got, own = shape_of(types[operand]), dtype_of(types[operand])
+    fits = len(got) == len(dims) and dtype in (None, own)
+    for have, want in zip(got, dims, strict=False):
+        fits = fits and (isinstance(want, str) or same(have, want))
+    suffix = (f" {own}", f" {dtype}") if dtype else ("", "")
+    require(op, fits, operand, text(got) + suffix[0], text(dims) + suffix[1])
+    return got
+
+
+def text(dims: Sequence[Any]) -> str:
+    """A shape as people write it: [8, tokens * 2]."""
+    return f"[{', '.join(re.sub(_TYPED_INT, _VALUE, str(d)) for d in dims)}]"
 
 
 def same(a: Any, b: Any) -> bool:
@@ -116,6 +137,7 @@ _registered: set[str] = set()
 
 def register_all(ops: Sequence[OpDef]) -> None:
     """Register ops once a process (TVM's op registry itself is process-wide)."""
+    register_error(BadSpec)  # else it comes out of TVM as a RuntimeError
     namespace = types.SimpleNamespace()
     for op in ops:
         setattr(namespace, op.name, _parser_function(op))

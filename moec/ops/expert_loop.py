@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .define import Attrs, OpDef, Types, shape_of, tensor
+from tvm import tirx
+
+from .define import Attrs, OpDef, Types, expect, simplify, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, top_k = shape_of(types["topk_ids"])
-    rows = tokens * top_k if attrs.get("each") else tokens
-    return tensor([rows, shape_of(types["down"])[1]], "float32")
+    tokens, hidden = expect("expert_loop", types, "x", "T", "H")
+    experts, rows, _ = expect("expert_loop", types, "gate_up", "E", "N", hidden)
+    width = simplify(tirx.floordiv(rows, 2)) if attrs["gated"] else rows
+    expect("expert_loop", types, "down", experts, hidden, width)
+    _, top_k = expect("expert_loop", types, "topk_ids", tokens, "K", dtype="int32")
+    expect("expert_loop", types, "topk_weights", tokens, top_k, dtype="float32")
+    for name, columns in (("gate_up_bias", rows), ("down_bias", hidden)):
+        if name in types:
+            expect("expert_loop", types, name, experts, columns)
+    count = tokens * top_k if attrs.get("each") else tokens
+    return tensor([count, hidden], "float32")
 
 
 OP = OpDef(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from .define import Attrs, OpDef, Types, dtype_of, shape_of, tensor
+from .define import Attrs, OpDef, Types, dtype_of, expect, simplify, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    _, hidden = shape_of(types["x"])
-    return tensor([shape_of(types["row_order"])[0], hidden], dtype_of(types["x"]))
+    top_k = int(attrs["top_k"])
+    tokens, hidden = expect("gather_rows", types, "x", "T", "H")
+    (rows,) = expect("gather_rows", types, "row_order", simplify(tokens * top_k), dtype="int32")
+    if "topk_weights" in types:
+        expect("gather_rows", types, "topk_weights", tokens, top_k, dtype="float32")
+    return tensor([rows, hidden], dtype_of(types["x"]))
 
 
 OP = OpDef("gather_rows", __doc__, ("x", "row_order"), ("topk_weights",), _infer)

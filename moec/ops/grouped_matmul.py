@@ -14,34 +14,35 @@ from tvm import tirx
 
 from ..spec import ActivationSpec
 from .attrs import from_attrs, to_attrs
-from .define import Attrs, OpDef, Types, require, same, shape_of, simplify, tensor
+from .define import Attrs, OpDef, Types, expect, require, simplify, tensor
 
 EXTRA = ("row_order", "topk_weights", "bias")
 
 
 def result_type(name: str, types: Types, attrs: Attrs, rows: Any) -> Any:
-    """The type of a (grouped or indexed) matmul with what was folded into it."""
-    width = shape_of(types["x"])[1]
-    weight = shape_of(types["weight"])
-    ok = len(weight) == 3 and same(weight[2], width)
-    require(name, ok, "weight", weight, f"[E, N, {width}]")
+    """The type of a (grouped or indexed) matmul of `rows` sorted rows, with what was folded in."""
+    top_k = int(attrs.get("top_k", 1))
+    tokens = simplify(tirx.floordiv(rows, top_k))
+    _, width = expect(name, types, "x", tokens if attrs.get("gather") else rows, "width")
+    experts, columns, _ = expect(name, types, "weight", "E", "N", width)
     if "bias" in types:
-        bias = shape_of(types["bias"])
-        ok = len(bias) == 2 and same(bias[0], weight[0]) and same(bias[1], weight[1])
-        require(name, ok, "bias", bias, f"[{weight[0]}, {weight[1]}]")
-    columns = weight[1]
+        expect(name, types, "bias", experts, columns)
+    if "topk_weights" in types:
+        expect(name, types, "topk_weights", tokens, top_k, dtype="float32")
     if attrs.get("activation") and attrs["gated"]:
         columns = tirx.floordiv(columns, 2)
     if attrs.get("reduce") and not attrs.get("each"):
-        rows = tirx.floordiv(rows, int(attrs["top_k"]))
+        rows = tokens
     return tensor([simplify(rows), simplify(columns)], str(attrs.get("dtype", "float32")))
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    rows = shape_of(types["x"])[0]
-    if attrs.get("gather"):
-        require("grouped_matmul", "row_order" in types, "row_order", "missing", "[S]")
-        rows = shape_of(types["row_order"])[0]
+    rows, _ = expect("grouped_matmul", types, "x", "rows", "width")
+    experts, _, _ = expect("grouped_matmul", types, "weight", "E", "N", "width")
+    expect("grouped_matmul", types, "expert_offsets", experts + 1, dtype="int32")
+    if attrs.get("gather") or attrs.get("reduce"):
+        require("grouped_matmul", "row_order" in types, "row_order", "missing", "[S] int32")
+        (rows,) = expect("grouped_matmul", types, "row_order", "S", dtype="int32")
     return result_type("grouped_matmul", types, attrs, rows)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .define import Attrs, OpDef, Types, shape_of
+from .define import Attrs, OpDef, Types, expect
 from .grouped_matmul import result_type
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, top_k = shape_of(types["topk_ids"])
+    tokens, top_k = expect("indexed_matmul", types, "topk_ids", "T", "K", dtype="int32")
     return result_type("indexed_matmul", types, attrs, tokens * top_k)
 
 

@@ -6,18 +6,14 @@ from typing import Any
 
 from tvm import tirx
 
-from .define import Attrs, OpDef, Types, require, same, shape_of, simplify, tensor
+from .define import Attrs, OpDef, Types, expect, simplify, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, width = shape_of(types["x"])
-    weight = shape_of(types["weight"])
-    ok = len(weight) == 2 and same(weight[1], width)
-    require("linear", ok, "weight", weight, f"[N, {width}]")
+    tokens, width = expect("linear", types, "x", "T", "K")
+    columns, _ = expect("linear", types, "weight", "N", width)
     if "bias" in types:
-        bias = shape_of(types["bias"])
-        require("linear", same(bias[0], weight[0]), "bias", bias, f"[{weight[0]}]")
-    columns = weight[0]
+        expect("linear", types, "bias", columns)
     if attrs.get("activation") and attrs["gated"]:
         columns = simplify(tirx.floordiv(columns, 2))
     return tensor([tokens, columns], str(attrs.get("dtype", "float32")))

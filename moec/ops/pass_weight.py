@@ -6,11 +6,13 @@ from typing import Any
 
 from tvm import tirx
 
-from .define import Attrs, OpDef, Types, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    return tensor([shape_of(types["topk_ids"])[0], tirx.const(1, "int64")], "float32")
+    tokens, top_k = expect("pass_weight", types, "topk_ids", "T", "K", dtype="int32")
+    expect("pass_weight", types, "topk_weights", tokens, top_k, dtype="float32")
+    return tensor([tokens, tirx.const(1, "int64")], "float32")
 
 
 OP = OpDef("pass_weight", __doc__, ("topk_ids", "topk_weights"), (), _infer)

@@ -10,12 +10,16 @@ from typing import Any
 
 from tvm import tirx
 
-from .define import Attrs, OpDef, Types, shape_of, simplify, tensor
+from .define import Attrs, OpDef, Types, expect, simplify, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    rows, width = shape_of(types["rows"])
-    tokens = simplify(tirx.floordiv(rows, int(attrs["top_k"])))
+    top_k = int(attrs["top_k"])
+    rows, width = expect("reduce", types, "rows", "S", "H")
+    expect("reduce", types, "row_order", rows, dtype="int32")
+    tokens = simplify(tirx.floordiv(rows, top_k))
+    if "topk_weights" in types:
+        expect("reduce", types, "topk_weights", tokens, top_k, dtype="float32")
     return tensor([tokens, width], "float32")
 
 

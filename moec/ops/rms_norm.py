@@ -6,15 +6,13 @@ from typing import Any
 
 from ..spec import NormSpec
 from .attrs import from_attrs, to_attrs
-from .define import Attrs, OpDef, Types, require, same, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, hidden = shape_of(types["x"])
+    tokens, hidden = expect("rms_norm", types, "x", "T", "H")
     if "weight" in types:
-        weight = shape_of(types["weight"])
-        ok = len(weight) == 1 and same(weight[0], hidden)
-        require("rms_norm", ok, "weight", weight, f"[{hidden}]")
+        expect("rms_norm", types, "weight", hidden)
     return tensor([tokens, hidden], str(attrs["dtype"]))
 
 

@@ -9,24 +9,20 @@ from tvm import relax
 
 from ..spec import RouterSpec, Selection
 from .attrs import from_attrs, to_attrs
-from .define import Attrs, OpDef, Types, require, same, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, require, tensor, text
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, experts = shape_of(types["logits"])
     spec = spec_of(attrs)
-    logits = f"[{tokens}, {experts}]"
-    require("route", same(experts, spec.num_experts), "logits", logits, f"[T, {spec.num_experts}]")
+    tokens, _ = expect("route", types, "logits", "T", spec.num_experts)
     for name, shape in _operands(spec).items():
-        require("route", (name in types) == (shape is not None), name, "given or missing",
-                f"{shape or 'none'}")  # fmt: skip
+        given = name in types
+        state, need = ("given", "none") if given else ("missing", text(shape or ()))
+        require("route", given == (shape is not None), name, state, need)
         if shape is not None:
-            got = shape_of(types[name])
-            fits = len(got) == len(shape) and all(map(same, got, shape))
-            require("route", fits, name, got, f"{list(shape)}")
+            expect("route", types, name, *shape)
     if spec.selection is Selection.TOKEN_TABLE:
-        got = shape_of(types["token_ids"])
-        require("route", same(got[0], tokens), "token_ids", got, f"[{tokens}]")
+        expect("route", types, "token_ids", tokens)
     return relax.TupleType(
         [tensor([tokens, spec.top_k], "int32"), tensor([tokens, spec.top_k], "float32")]
     )

@@ -6,11 +6,11 @@ from typing import Any
 
 from tvm import relax
 
-from .define import Attrs, OpDef, Types, shape_of, tensor
+from .define import Attrs, OpDef, Types, expect, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens, top_k = shape_of(types["topk_ids"])
+    tokens, top_k = expect("sort", types, "topk_ids", "T", "K", dtype="int32")
     experts = int(attrs["num_experts"])
     return relax.TupleType([tensor([tokens * top_k], "int32"), tensor([experts + 1], "int32")])
 

@@ -10,12 +10,16 @@ from typing import Any
 
 from tvm import tirx
 
-from .define import Attrs, OpDef, Types, shape_of, simplify, tensor
+from .define import Attrs, OpDef, Types, expect, simplify, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    rows, width = shape_of(types["rows"])
-    return tensor([simplify(tirx.floordiv(rows, int(attrs["top_k"]))), width], "float32")
+    rows, width = expect("sum_rows", types, "rows", "S", "H", dtype="float32")
+    top_k = int(attrs["top_k"])
+    tokens = simplify(tirx.floordiv(rows, top_k))
+    if "topk_weights" in types:
+        expect("sum_rows", types, "topk_weights", tokens, top_k, dtype="float32")
+    return tensor([tokens, width], "float32")
 
 
 OP = OpDef("sum_rows", __doc__, ("rows",), ("topk_weights",), _infer)

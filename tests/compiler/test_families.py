@@ -9,42 +9,20 @@ out of rounded logits, our error may exceed the error of the bfloat16 module by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import moec
 from tests import models
-from tests.conftest import Saved
+from tests.conftest import SCHEDULES, Compiled
 
-SCHEDULES = ("fused", "gather", "loop")
 TOKENS = (0, 1, 2, 7, 33, 257)
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8}
 
 Array = np.ndarray[Any, Any]
-Compiled = Callable[[str, str, str], tuple[Any, Any, Any]]
-
-
-@pytest.fixture(scope="module")
-def compiled(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """(family, variant, dtype) -> (transformers model, its float32 twin, loaded artifact)."""
-    made: dict[tuple[str, str, str], Any] = {}
-
-    def get(family: str, variant: str, dtype: str) -> tuple[Any, Any, Any]:
-        key = (family, variant, dtype)
-        if key not in made:
-            model, path = saved(*key)
-            out = tmp_path_factory.mktemp("artifact") / "m.moec"
-            moec.compile(path, out=out, schedules=SCHEDULES)
-            twin = model if dtype == "float32" else models.widened(model)
-            made[key] = model, twin, moec.load(out)
-        return made[key]
-
-    return get
 
 
 CASES = [

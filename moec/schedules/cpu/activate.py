@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tvm import tirx
-
 from ...spec import ActivationSpec, Clamp, Nonlinearity
 from .emit import Emit
 
@@ -26,7 +24,7 @@ def nonlinearity(em: Emit, spec: ActivationSpec, g: Any) -> Any:
     if spec.kind is Nonlinearity.GELU_ERF:
         half = em.splat(0.5)
         return em.bind(g * half * (em.splat(1.0) + em.erf(g * em.splat(math.sqrt(0.5)))))
-    positive = em.bind(tirx.Max(g, em.splat(0.0)))
+    positive = em.bind(em.at_least(g, 0.0))
     if spec.kind is Nonlinearity.RELU:
         return positive
     return em.bind(positive * positive)  # relu2
@@ -34,17 +32,16 @@ def nonlinearity(em: Emit, spec: ActivationSpec, g: Any) -> Any:
 
 def activate(em: Emit, spec: ActivationSpec, gate: Any, up: Any | None) -> Any:
     """The activation of one vector; `up` is None in a layer without gate."""
-    limit = em.splat(spec.limit)
     gate = em.bind(gate)
     if spec.clamp is Clamp.BEFORE:
-        gate = em.bind(tirx.Min(gate, limit))
+        gate = em.bind(em.at_most(gate, spec.limit))
     value = nonlinearity(em, spec, gate)
     if spec.clamp is Clamp.AFTER:
-        value = em.bind(tirx.Min(value, limit))
+        value = em.bind(em.at_most(value, spec.limit))
     if up is None:
         return value
     if spec.clamp is not Clamp.NONE:
-        up = tirx.Min(tirx.Max(up, em.splat(-spec.limit)), limit)
+        up = em.at_most(em.bind(em.at_least(em.bind(up), -spec.limit)), spec.limit)
     if spec.up_cap is not None:
         up = em.soft_cap(up, spec.up_cap)
     if spec.up_offset:

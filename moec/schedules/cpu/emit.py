@@ -137,6 +137,16 @@ class Emit:
             return a * b + c
         return self.intrinsic("llvm.fma", self.f32v, a, b, c)
 
+    def at_most(self, x: Any, limit: float) -> Any:
+        """min(x, limit) of a bound vector; NaN stays NaN (tirx.Min loses it)."""
+        top = self.splat(limit)
+        return tirx.Select(x > top, top, x)
+
+    def at_least(self, x: Any, limit: float) -> Any:
+        """max(x, limit) of a bound vector; NaN stays NaN."""
+        bottom = self.splat(limit)
+        return tirx.Select(x < bottom, bottom, x)
+
     def dot_bf16(self, acc: Any, words: Any, word: Any) -> Any:
         """acc + w0 * a0 + w1 * a1 for a pair of bfloat16 in each 32-bit lane (AVX512-BF16)."""
         return T.call_pure_extern(self.f32v, "moec_dpbf16", acc, words, word)

@@ -41,11 +41,11 @@ def sparsemixer(em: Emit, b: SimpleNamespace, t: Any, spec: RouterSpec, dtype: s
             factor = tirx.Max(T.abs(s), top)
             gap = round_scalar(round_scalar(top - s, dtype) / factor, dtype)
             # `left` is NaN once the expert was selected: it compares with nothing. A gap of
-            # NaN (0/0) does not exceed the threshold, hence keeps the expert.
-            near = tirx.And(left <= top, tirx.Not(gap > f32(threshold)))
-            with when(near):
-                old = tirx.BufferLoad(total, [0])
-                T.buffer_store(total, old + T.exp(s - top), [0])
+            # NaN (0/0) does not exceed the threshold, hence keeps the expert; written as a
+            # negation, TVM turns it into gap <= threshold, which NaN is not.
+            share = tirx.Select(em.bind(gap) > f32(threshold), f32(0.0), T.exp(s - top))
+            with when(left <= top):
+                T.buffer_store(total, tirx.BufferLoad(total, [0]) + share, [0])
         weight = round_scalar(f32(1.0) / tirx.BufferLoad(total, [0]), dtype)
         T.buffer_store(b.topk_ids, tirx.Cast("int32", best), [t, i64(k)])
         T.buffer_store(b.topk_weights, weight, [t, i64(k)])

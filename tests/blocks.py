@@ -1,0 +1,151 @@
+"""Blocks without a checkpoint: random parameters for any spec, many specs in one artifact.
+
+Codegen is the slow part of these tests, so a module builds all its blocks into one library.
+What compiles, packs, writes and loads them is the real thing; only the reading of files and
+the families are left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+
+import moec
+from moec import target as targets
+from moec.artifact import ArtifactWriter
+from moec.checkpoint import Checkpoint
+from moec.compiler.compile import Shapes, TargetBuild
+from moec.compiler.document import document, weight_file
+from moec.compiler.instruments import Observer
+from moec.compiler.lower import lower
+from moec.compiler.options import CompileOptions
+from moec.compiler.pack import Packing, layout, pack_layer
+from moec.frontend import Block, Model
+from moec.schedules import backend, choose
+from moec.spec import MoESpec
+from moec.weights import WeightPlan
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SCHEDULES = ("fused", "gather", "loop")
+
+Array = np.ndarray[Any, Any]
+Parameters = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Stands for a weight plan: the tensors of one layer are at hand."""
+
+    parameters: Parameters
+
+    def tensor(self, _: Checkpoint | None, name: str, *, allow_nonfinite: bool) -> Array:
+        return self.parameters[name]
+
+    def expert(self, _: Checkpoint | None, name: str, e: int, *, allow_nonfinite: bool) -> Array:
+        return self.parameters[name][e]
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Small:
+    """A spec with its canonical parameters, compiled with `schedules`."""
+
+    spec: MoESpec
+    schedules: tuple[str, ...] = SCHEDULES
+    seed: int = 0
+    parameters: Parameters = field(default_factory=dict)
+
+
+def random_parameters(spec: MoESpec, seed: int = 0) -> dict[str, Array]:
+    """Canonical parameters whose products are of the order of 1, in the dtypes of the spec."""
+    random = np.random.default_rng(seed)
+    out = {}
+    for name, parameter in spec.parameters().items():
+        values = random.standard_normal(parameter.shape)
+        if name.startswith("norm") or name == "per_expert_scale":
+            values = 1.0 + 0.3 * values
+        elif parameter.dtype == "float32" and len(parameter.shape) <= 2 and "bias" in name:
+            values = 0.5 * values
+        else:
+            values = values / np.sqrt(parameter.shape[-1])
+        out[name] = values.astype(DTYPES[parameter.dtype])
+    return out
+
+
+def build(blocks: Sequence[Small], out: Path, target: str = "cpu") -> list[Small]:
+    """Write the artifact `out`, whose layer n is blocks[n]; the blocks with their parameters."""
+    one = targets.resolve(target)
+    own = backend(one.kind)
+    whole = [
+        Small(b.spec, b.schedules, b.seed, b.parameters or random_parameters(b.spec, b.seed))
+        for b in blocks
+    ]
+    lowered, schedules = {}, {}
+    for n, small in enumerate(whole):
+        chosen = choose(own, small.schedules, small.spec, one)
+        schedules[f"b{n}"] = chosen
+        observer = Observer(CompileOptions())
+        lowered[f"b{n}"] = lower(f"b{n}", small.spec, one, own, chosen, observer, None)
+    functions = {s: f for made in lowered.values() for s, f in made.functions.items()}
+    shapes = Shapes(
+        {f"b{n}": s.spec for n, s in enumerate(whole)}, {n: f"b{n}" for n in range(len(whole))}
+    )
+    plans = [cast(WeightPlan, InMemory(small.parameters)) for small in whole]
+    model = Model(
+        path=out, family="none", model_type="none", dtype="float32", prefix="",
+        num_layers=len(whole), dense_layers=(), source={},
+        blocks=tuple(Block(n, s.spec, plans[n], "none") for n, s in enumerate(whole)),
+    )  # fmt: skip
+    build = TargetBuild(one, own, schedules, lowered, None)
+    packing = Packing(build, shapes.specs)
+    nothing = cast(Checkpoint, None)
+    with tempfile.TemporaryDirectory() as folder, ArtifactWriter(out) as writer:
+        library = Path(folder) / "lib.so"
+        own.build(functions, one, library)
+        writer.add_file(f"lib/{one.name}.so", library)
+        for n, plan in enumerate(plans):
+            packed = lowered[f"b{n}"].packed
+            with writer.tensors(weight_file(n), layout(packed)) as file:
+                pack_layer(nothing, plan, packed, packing, file, False)
+        writer.finish(document(model, shapes, [build], "pack"))
+    return whole
+
+
+@dataclass(frozen=True)
+class Built:
+    """Blocks as they were asked for, and the artifact that holds them."""
+
+    blocks: list[Small]
+    path: Path
+    loaded: moec.Model
+
+
+def built(blocks: Sequence[Small], out: Path, target: str = "cpu", **load: Any) -> Built:
+    """Build the blocks and load what was built."""
+    whole = build(blocks, out, target)
+    return Built(whole, out, moec.load(out, **load))
+
+
+def inputs(spec: MoESpec, tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """x [T, H] in the model's dtype, ids [T, K] (repeated ones too), weights [T, K]."""
+    random = np.random.default_rng(seed)
+    e = spec.experts
+    x = random.standard_normal((tokens, e.hidden_size)).astype(DTYPES[spec.dtype])
+    ids = random.integers(0, e.num_experts, (tokens, e.top_k)).astype(np.int32)
+    weights = random.uniform(-1.0, 1.0, (tokens, e.top_k)).astype(np.float32)
+    return x, ids, weights
+
+
+def error(got: Array, want: Array) -> float:
+    """|got - want| / |want| in float64; NaN never passes a comparison."""
+    difference = np.linalg.norm(got.astype(np.float64) - want.astype(np.float64))
+    norm = np.linalg.norm(want.astype(np.float64))
+    return float(difference / norm) if norm else float(difference)

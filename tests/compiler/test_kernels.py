@@ -1,0 +1,141 @@
+"""The CPU kernels, block by block, against float64 NumPy: sizes, dtypes, biases, norms, T.
+
+All blocks are compiled into one library; what errors are allowed is said in `cases`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moec
+from moec.ops import reference
+from tests.blocks import Built, Small, built, error, inputs
+from tests.compiler.cases import CASES, FUSED, GATHER, LOOP, PAIRS, TOLERANCE, tolerance
+
+TOKENS = (0, 1, 2, 5, 6, 7, 13, 40)  # below, at and above the rows of a register tile
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Some of the blocks for the lowest instruction set, which every x86-64 runs."""
+    wanted = (("all experts", LOOP), ("bfloat16", FUSED), ("float16", GATHER))
+    chosen = [replace(CASES[name], schedules=schedules) for name, schedules in wanted]
+    out = tmp_path_factory.mktemp("kernels") / "baseline.moec"
+    return built(chosen, out, "cpu:x86-64")
+
+
+def check(small: Small, block: moec.Block, tokens: int, schedule: str, outside: bool) -> None:
+    """experts, route and moe of one block against the reference."""
+    spec, parameters = small.spec, small.parameters
+    allowed = tolerance(spec)
+    x, ids, weights = inputs(spec, tokens, tokens)
+    if outside:
+        ids[::2, -1] = -1
+        ids[1::3, 0] = spec.experts.num_experts
+    y = block.experts(x, ids, weights, schedule=schedule)
+    want = reference.experts(spec, parameters, x, ids, weights)
+    assert y.dtype == x.dtype and y.shape == x.shape
+    assert error(y, want) <= allowed, "experts"
+    got = block.route(x, schedule=schedule)
+    want_ids, want_weights = reference.route(spec, parameters, x)
+    np.testing.assert_array_equal(got[0], want_ids)
+    # Routing is computed in float32; only a norm before the router rounds its input.
+    rounded = TOLERANCE[spec.dtype if spec.norms.router_input else "float32"]
+    assert error(got[1], want_weights) <= rounded, "route"
+    want = reference.moe(spec, parameters, x, got)
+    assert error(block(x, schedule=schedule), want) <= allowed, "moe"
+
+
+@pytest.mark.parametrize(("name", "schedule"), PAIRS)
+def test_block(cpu: Built, name: str, schedule: str) -> None:
+    n = list(CASES).index(name)
+    for tokens in TOKENS:
+        check(cpu.blocks[n], cpu.loaded[n], tokens, schedule, outside=tokens % 2 == 1)
+
+
+def test_the_lowest_instruction_set(baseline: Built) -> None:
+    assert baseline.loaded.target == "cpu-x86-64"
+    for n, small in enumerate(baseline.blocks):
+        for schedule in small.schedules:
+            for tokens in (0, 1, 7):
+                check(small, baseline.loaded[n], tokens, schedule, outside=False)
+
+
+@st.composite
+def routings(draw: st.DrawFn) -> tuple[tuple[str, str], int, int, list[int]]:
+    """((case, schedule), T, seed, ids to choose from: some of -2 to E + 1)."""
+    pair = draw(st.sampled_from(PAIRS))
+    # Few experts or many: all tokens on one of them is a case of its own.
+    some = st.integers(-2, CASES[pair[0]].spec.experts.num_experts + 1)
+    pool = draw(st.lists(some, min_size=1, max_size=6))
+    return pair, draw(st.integers(0, 30)), draw(st.integers(0, 2**16)), pool
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(drawn=routings())
+def test_any_routing(cpu: Built, drawn: tuple[tuple[str, str], int, int, list[int]]) -> None:
+    (name, schedule), tokens, seed, pool = drawn
+    n = list(CASES).index(name)
+    spec, parameters = cpu.blocks[n].spec, cpu.blocks[n].parameters
+    x, ids, weights = inputs(spec, tokens, seed)
+    ids = np.random.default_rng(seed).choice(pool, ids.shape).astype(np.int32)
+    y = cpu.loaded[n].experts(x, ids, weights, schedule=schedule)
+    want = reference.experts(spec, parameters, x, ids, weights)
+    assert error(y, want) <= tolerance(spec)
+
+
+def bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint32)
+
+
+def everything(block: moec.Block, x: Any, ids: Any, weights: Any, schedule: str) -> list[Any]:
+    """The bits of all that a block gives."""
+    chosen = block.route(x, schedule=schedule)
+    arrays = (block(x, schedule=schedule), *chosen,
+              block.experts(x, ids, weights, schedule=schedule))  # fmt: skip
+    return [bits(a) for a in arrays]
+
+
+@pytest.fixture(scope="module")
+def others(cpu: Built) -> list[moec.Model]:
+    """The same artifact with other numbers of threads, more than there are cores among them."""
+    return [moec.load(cpu.path, threads=n) for n in (1, 2, 7)]
+
+
+@pytest.mark.parametrize(("name", "schedule"), PAIRS)
+def test_bits_depend_on_the_token_alone(
+    cpu: Built, others: list[moec.Model], name: str, schedule: str
+) -> None:
+    """Not on the number of threads, on the other tokens, or on the place in the batch."""
+    n, order = list(CASES).index(name), np.random.default_rng(3).permutation(23)
+    x, ids, weights = inputs(cpu.blocks[n].spec, 23, 11)
+    whole = everything(cpu.loaded[n], x, ids, weights, schedule)
+    for other in others:
+        for got, want in zip(everything(other[n], x, ids, weights, schedule), whole, strict=True):
+            np.testing.assert_array_equal(got, want, f"{other.threads} threads")
+    permuted = everything(cpu.loaded[n], x[order], ids[order], weights[order], schedule)
+    for got, want in zip(permuted, whole, strict=True):
+        np.testing.assert_array_equal(got, want[order], "permuted")
+    for first, last in ((0, 1), (1, 9), (9, 23)):
+        part = slice(first, last)
+        parts = everything(cpu.loaded[n], x[part], ids[part], weights[part], schedule)
+        for got, want in zip(parts, whole, strict=True):
+            np.testing.assert_array_equal(got, want[part], f"tokens {part}")
+
+
+@pytest.mark.parametrize(("name", "schedule"), PAIRS)
+def test_nan_stays_in_its_token(cpu: Built, name: str, schedule: str) -> None:
+    """NaN in a token is neither lost nor spread, whatever the activation."""
+    n = list(CASES).index(name)
+    x, ids, weights = inputs(cpu.blocks[n].spec, 9, 2)
+    clean = cpu.loaded[n].experts(x, ids, weights, schedule=schedule)
+    x[4] = np.nan
+    y = cpu.loaded[n].experts(x, ids, weights, schedule=schedule)
+    assert np.isnan(y[4].astype(np.float32)).all()
+    np.testing.assert_array_equal(bits(np.delete(y, 4, 0)), bits(np.delete(clean, 4, 0)))
