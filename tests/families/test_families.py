@@ -16,7 +16,7 @@ import torch
 
 import moec
 from moec.checkpoint import Checkpoint
-from moec.frontend import builtin, read_model
+from moec.frontend import builtin, read_model, report
 from moec.ops import reference
 
 from . import cache, oracle, published, table, tiny
@@ -114,7 +114,9 @@ def check_reference(path: Path, hidden: int, run: Oracle) -> float:
     random = np.random.default_rng(1)
     x, shared_x = random.normal(size=(2, 9, hidden)).astype(np.float32)
     token_ids = random.integers(0, 50, 9)
-    block = read_model(path).blocks[-1]
+    read = read_model(path)
+    assert f"family {read.family}" in report.text(read)
+    block = read.blocks[-1]
     with Checkpoint.open(path) as opened:
         parameters = {name: block.plan.tensor(opened, name) for name, _ in block.plan.params}
     want, want_ids, want_weights = run(block.layer, x, token_ids, shared_x)
