@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from .. import host, target
 from ..artifact import ArtifactWriter
 from ..checkpoint import Checkpoint
-from ..errors import UsageError
+from ..errors import ResourceError, UsageError
 from ..frontend import Block, Model, outline
 from ..frontend.model import check
 from ..schedules import Backend, Chosen, backend, choose
@@ -76,7 +77,7 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
     host.check_packages()
     clock, observer = Clock(options.progress), Observer(options)
     targets = _targets(target)
-    with Checkpoint.open(os.fspath(checkpoint)) as opened:
+    with _memory(), Checkpoint.open(os.fspath(checkpoint)) as opened:
         with clock("read headers"):
             model = _select(outline(opened, family), layers)
             check(model, opened)
@@ -109,6 +110,20 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
             with clock("write"):
                 digest = writer.finish(document(model, shapes, builds, weights))
             return report.finish(digest)
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    """Turn a failed allocation into ResourceError."""
+    try:
+        yield
+    except MemoryError:
+        raise ResourceError(
+            "memory ran out while compiling",
+            need="memory for the largest parameter of a layer, as it is and packed",
+            hint="free memory, compile fewer layers at once, or leave the weights in the "
+            "checkpoint (weights='reference')",
+        ) from None
 
 
 def _targets(names: str | Sequence[str]) -> list[Target]:

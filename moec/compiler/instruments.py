@@ -15,6 +15,7 @@ from typing import Any
 import tvm
 from tvm.ir.instrument import pass_instrument
 
+from ..artifact import disk
 from ..errors import UsageError
 from .options import CompileOptions
 
@@ -42,6 +43,7 @@ class Observer:
         self._options = options
         self._started: list[float] = []
         self._dumped = 0
+        self._steps: set[str] = set()
         self._shape = ""
         self.times: dict[str, float] = {}  # pass -> seconds, passes within it included
         self.shown: list[str] = []  # IR texts that were asked for
@@ -69,15 +71,18 @@ class Observer:
         if self._folder is not None:
             # Functions outside a module have no other text that parses.
             file = self._folder / f"{self._dumped:03d}-{self._shape}-{_plain(name)}.py"
-            file.write_text(module.script() + "\n", encoding="utf-8")
+            text = module.script() + "\n"
+            with disk.errors(file):
+                file.write_text(text, encoding="utf-8")
             self._dumped += 1
+        self._steps.add(name)
         if name == self._options.print_ir_after:
             self.shown.append(f"# {self._shape} after {name}\n{module.script()}")
 
     def check(self) -> None:
         """Raise UsageError when the pass whose IR was asked for never ran."""
         wanted = self._options.print_ir_after
-        if wanted is not None and wanted not in self.times and not self.shown:
+        if wanted is not None and wanted not in self._steps:
             own = [name for name in self.times if "." not in name or name.startswith("moec.")]
             raise UsageError(
                 f"no pass {wanted!r} ran",

@@ -77,10 +77,17 @@ def build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
         module.export_library(str(path), cc=linker, options=["-s"])
     except (RuntimeError, OSError) as error:
         raise TargetError(
-            f"linking for {target.name} failed: {str(error).strip().splitlines()[-1]}",
+            f"linking for {target.name} failed: {_last_words(str(error))}",
             where=linker,
             need="a C compiler that links shared libraries",
         ) from None
+
+
+def _last_words(text: str) -> str:
+    """The last line that a linker wrote, without the command line that TVM puts after it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Command line:", "Compilation error"))]
+    return (said or lines or ["it said nothing"])[-1]
 
 
 def find_linker(target: Target) -> str:
