@@ -11,7 +11,14 @@ from ..spec import FLOAT_DTYPES, MoESpec
 from ..weights import ParamPlan, Piece, WeightPlan
 from .family import Family
 from .faults import bad_family
-from .sources import SLOTS, Source, combinations, make_pieces, parse_source
+from .sources import (
+    SLOTS,
+    Source,
+    always_combinations,
+    combinations,
+    make_pieces,
+    parse_source,
+)
 from .values import Fields, resolve
 
 # Routers may be kept in another precision than the model; everything else is one dtype.
@@ -48,6 +55,7 @@ def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoES
         },
         "shared": {"activation": activation, **shared} if shared else None,
         "norms": _resolved("norms", fields),
+        **_resolved("spec", fields),
         "weight_dtypes": sorted(weight_dtypes.items()),
     }
     try:
@@ -77,36 +85,55 @@ def make_block(
     checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str
 ) -> Block:
     """The block of `layer`; what is missing on disk is left to `plan.problems`."""
-    family = fields.family
+    family, fields = fields.family, fields.at(layer)
     base = prefix + family.layer.replace("{L}", str(layer))
     spec = make_spec(fields, dtype, {})
     dims = _dims(spec)
     layout = choose_layout(checkpoint, family, base, dims)
     sources = _sources(checkpoint, family, base, layout)
-    dtypes = {
-        name: checkpoint.tensors[base + sources[name].name].dtype
-        for name in _OWN_DTYPE
-        if name in sources and base + sources[name].name in checkpoint.tensors
-    }
-    # An unsupported dtype is left to `plan.problems`, which names the tensor.
-    own = {k: v for k, v in dtypes.items() if v != dtype and v in FLOAT_DTYPES}
-    spec = make_spec(fields, dtype, {k: v for k, v in own.items() if k in spec.parameters()})
+    dtypes = {}
+    for name in _OWN_DTYPE:
+        slots = (slots[0] for slots in combinations(name))
+        slot = next((s for s in slots if s in sources and name in spec.parameters()), None)
+        stored = checkpoint.tensors.get(base + sources[slot].name) if slot else None
+        # An unsupported dtype is left to `plan.problems`, which names the tensor.
+        if stored is not None and stored.dtype != dtype and stored.dtype in FLOAT_DTYPES:
+            dtypes[name] = stored.dtype
+    spec = make_spec(fields, dtype, dtypes)
     params = []
     for name, parameter in spec.parameters().items():
-        pieces = _pieces(name, sources, base, dims, family.source)
         per_expert = SLOTS[combinations(name)[0][0]].per_expert
+        if per_expert and spec.router.always:
+            count, every = dims["E"], spec.experts.num_experts
+            pieces = (
+                *_pieces(name, combinations(name), sources, base, dims, family, (0, count)),
+                *_pieces(
+                    name, always_combinations(name), sources, base, dims, family, (count, every)
+                ),
+            )
+        else:
+            pieces = _pieces(name, combinations(name), sources, base, dims, family)
         params.append((name, ParamPlan(parameter.shape, parameter.dtype, per_expert, pieces)))
-    plan = WeightPlan(tuple(params), tuple(base + owned for owned in family.owns))
+    zero = range(dims["E"], dims["E"] + spec.experts.zero_experts)
+    spare = tuple(base + name.replace("{z}", str(e)) for name in family.spare for e in zero)
+    plan = WeightPlan(tuple(params), tuple(base + owned for owned in family.owns), spare)
     return Block(layer, spec, plan, layout)
 
 
 def _dims(spec: MoESpec) -> dict[str, int]:
-    e = spec.experts
+    e, r = spec.experts, spec.router
     return {
-        "E": e.num_experts,
+        "E": e.num_experts - r.always,
         "H": e.hidden_size,
         "I": e.intermediate_size,
         "F": spec.shared.intermediate_size if spec.shared else 0,
+        "M": e.latent_size or 0,
+        "N": r.always,
+        "R": r.num_experts,
+        "S": r.selectable,
+        "W": e.width,
+        "V": r.vocab_size,
+        "K": r.top_k,
         "1": 1,
     }
 
@@ -137,7 +164,7 @@ def choose_layout(checkpoint: Checkpoint, family: Family, base: str, dims: dict[
         for slot, source in _sources(checkpoint, family, base, layout).items():
             if SLOTS[slot].param not in ("gate_up", "down"):
                 continue
-            shape = source.shape(dims)
+            shape = source.shape(SLOTS[slot].dims(dims))
             for e in range(dims["E"] if "{e}" in source.name else 1):
                 info = checkpoint.tensors.get(base + source.name.replace("{e}", str(e)))
                 names += 1
@@ -150,21 +177,27 @@ def choose_layout(checkpoint: Checkpoint, family: Family, base: str, dims: dict[
 
 
 def _pieces(
-    param: str, sources: dict[str, Source], base: str, dims: dict[str, int], where: str
+    param: str,
+    choices: tuple[tuple[str, ...], ...],
+    sources: dict[str, Source],
+    base: str,
+    dims: dict[str, int],
+    family: Family,
+    experts: tuple[int, int] | None = None,
 ) -> tuple[Piece, ...]:
-    for slots in combinations(param):
+    for slots in choices:
         if all(slot in sources for slot in slots):
             pieces: list[Piece] = []
             for slot in slots:
                 row = pieces[-1].rows[1] if pieces else 0
                 source = sources[slot]
                 name = base + source.name
-                pieces += make_pieces(SLOTS[slot], source, name, row, dims, where)
+                pieces += make_pieces(SLOTS[slot], source, name, row, dims, family.source, experts)
             return tuple(pieces)
     raise bad_family(
         f"the family names no tensor for {param}",
-        where,
-        " or ".join(" and ".join(slots) for slots in combinations(param)),
+        family.source,
+        " or ".join(" and ".join(slots) for slots in choices),
     )
 
 

@@ -1,6 +1,8 @@
 """A family as data: one TOML (or JSON) file, checked field by field when it is loaded.
 
-families/_template.toml says what each key means. Nothing here knows any family by name.
+families/_template.toml says what each key means. Nothing here knows any family by name. A file
+with `like = "other"` starts from the built-in family of that name: its own keys replace those
+of the other, tables key by key, and `drop` names what to leave out ("layers", "config.freq").
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ class Field:
     """One config entry that a family reads: names in config.json, type, value when absent.
 
     `keys` are alternative names, which must agree when several are present. `kind` is one of
-    size (>= 1), count (>= 0), integer, number, flag, text, ints, texts. A field without
-    default is required unless `optional`, which gives None for an absent or null field.
+    size (>= 1), count (>= 0), integer, number, flag, text, ints, texts, or length (an integer,
+    or the length of a list or string). A field without default is required unless `optional`,
+    which gives None for an absent or null field. A key may be a path, "ffn_config.moe_top_k".
+    With `per_layer` a list with one value for every layer may stand in place of one value.
     """
 
     keys: tuple[str, ...]
@@ -39,6 +43,7 @@ class Field:
     default: Any = None
     optional: bool = False
     required: bool = False
+    per_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Family:
     activation: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+    spare: tuple[str, ...] = ()  # names that may exist without meaning; {z}: of zero experts
     example: str = ""
     notes: tuple[str, ...] = ()
     source: str = ""
@@ -79,14 +86,17 @@ class Common:
     refused: dict[str, str]
 
 
-_KINDS = ("size", "count", "integer", "number", "flag", "text", "ints", "texts")
+_KINDS = ("size", "count", "integer", "number", "flag", "text", "ints", "texts", "length")
 _SIZES = ("num_layers", "hidden_size", "intermediate_size", "num_experts", "top_k")
-_TUPLES = ("model_types", "prefixes", "owns", "ignore", "notes")
+_TUPLES = ("model_types", "prefixes", "owns", "ignore", "spare", "notes")
 _NAMES: dict[Any, str] = {dict: "table", list: "list"}
 _REQUIRED = (
     "family", "model_types", "prefixes", "layer", "block", "owns", "layouts", "config", "tensors",
 )  # fmt: skip
-_TABLES = ("wrappers", "require", "router", "experts", "activation", "shared", "norms", "tensors")
+_TABLES = (
+    "wrappers", "require", "router", "experts", "activation", "shared", "norms", "spec",
+    "tensors",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,7 +123,7 @@ def _folder() -> pathlib.Path:
 def load(path: str | os.PathLike[str]) -> Family:
     """Read one family file, .toml or .json; raises BadSpec naming the file and the key."""
     path = pathlib.Path(path)
-    data = _parse(path)
+    data = _raw(path)
     where = path.name
     known = {f.name for f in fields(Family)} - {"source"} | {"own_layouts"}
     unknown = sorted(set(data) - known)
@@ -142,6 +152,40 @@ def load(path: str | os.PathLike[str]) -> Family:
     return family
 
 
+def _raw(path: pathlib.Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a file after `like` and `drop`."""
+    data = _parse(path)
+    where = path.name
+    like, drop = data.pop("like", None), _strings(data.pop("drop", []), "drop", where)
+    if like is None and not drop:
+        return data
+    names = [p.stem for p in _folder().glob("[!_]*.toml")]
+    if like not in names:
+        raise bad_family(f"like: there is no built-in family {like!r}", where, ", ".join(names))
+    if like in below:
+        raise bad_family(f"like: {' -> '.join((*below, like))}", where, "no circle")
+    base = _raw(_folder() / f"{like}.toml", (*below, like))
+    for key in ("example", "notes", "wrappers"):  # facts about the other family alone
+        base.pop(key, None)
+    for name in drop:
+        table, _, key = name.partition(".")
+        if (key not in base.get(table, {})) if key else (table not in base):
+            raise bad_family(f"drop: {like} has no {name!r}", where, "keys of the other family")
+        if key:
+            base[table].pop(key)
+        else:
+            base.pop(table)
+    return _merged(base, data)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = {**out[key], **value} if both else value
+    return out
+
+
 def _layouts(data: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     own = _typed(data.get("own_layouts", {}), dict, "own_layouts", where)
     out: dict[str, dict[str, Any]] = {}
@@ -157,7 +201,7 @@ def _layouts(data: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
 
 def _field(name: str, entry: Any, where: str) -> Field:
     entry = _typed(entry, dict, f"config.{name}", where)
-    known = ("key", "kind", "default", "optional")
+    known = ("key", "kind", "default", "optional", "per_layer")
     unknown = sorted(set(entry) - set(known))
     if unknown:
         raise bad_family(f"config.{name}: unknown key {unknown[0]!r}", where, ", ".join(known))
@@ -168,7 +212,8 @@ def _field(name: str, entry: Any, where: str) -> Field:
         raise bad_family(f"config.{name}: unknown kind {kind!r}", where, ", ".join(_KINDS))
     optional = bool(entry.get("optional", False))
     required = "default" not in entry and not optional
-    return Field(keys, kind, entry.get("default"), optional, required)
+    per_layer = bool(entry.get("per_layer", False))
+    return Field(keys, kind, entry.get("default"), optional, required, per_layer)
 
 
 def _typed(value: Any, kind: type, name: str, where: str) -> Any:

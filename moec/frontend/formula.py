@@ -37,11 +37,17 @@ def router(spec: RouterSpec) -> str:
         steps.append(_groups(spec.groups, spec.selection_bias))
     if spec.selection is Selection.SPARSEMIXER:
         steps.append(f"sparsemixer top {spec.top_k} (eps {spec.sparsemixer_eps:g})")
+    elif spec.selection is Selection.TOKEN_TABLE:
+        steps.append(f"{spec.top_k} by the token, of a table of {spec.vocab_size}")
     else:
-        steps.append(f"top {spec.top_k}")
+        steps.append(f"top {spec.selected}" + (f" of {spec.selectable}" if spec.always else ""))
+    if spec.always:
+        steps.append("and the last" if spec.always == 1 else f"and the last {spec.always}")
     steps += [*_weights(spec), *_renorm(spec)]
     if spec.scale != 1.0 and spec.scale_on is ScaleOn.WEIGHTS:
         steps.append(f"* {spec.scale:g}")
+    if spec.global_scale:
+        steps.append("* stored scale")
     if spec.per_expert_scale:
         steps.append("* scale of the expert")
     if spec.apply_to is ApplyTo.INPUT:
@@ -105,9 +111,13 @@ def activation(spec: ActivationSpec, gated: bool = True) -> str:
         text = f"swish({inner}, slope {spec.alpha:g})"
     else:
         text = f"{spec.kind.value}({inner})"
+    if spec.gate_cap is not None:
+        text = f"cap({inner}, {spec.gate_cap:g}) * sigmoid({inner})"
     if spec.clamp is Clamp.AFTER:
         text = f"min({text}, {limit})"
     if not gated:
         return text
     up = f"clip(up, {limit})" if spec.clamp is not Clamp.NONE else "up"
+    if spec.up_cap is not None:
+        up = f"cap({up}, {spec.up_cap:g})"
     return f"{text} * ({up} + {spec.up_offset:g})" if spec.up_offset else f"{text} * {up}"

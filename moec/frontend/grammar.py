@@ -15,7 +15,7 @@ from .sources import SLOTS, parse_source
 if TYPE_CHECKING:
     from .family import Family
 
-_TEMPLATES = ("router", "experts", "activation", "shared", "norms")
+_TEMPLATES = ("router", "experts", "activation", "shared", "norms", "spec")
 # Conditions of a layer rule -> the further keys that each needs.
 _CONDITIONS: dict[str, tuple[str, ...]] = {"types": ("moe", "other")}
 
@@ -28,7 +28,8 @@ def check(family: Family, maps: dict[str, dict[str, Any]]) -> None:
     _need("{L}" in family.layer, "layer", "a name with {L}, the layer's number", where)
     for name in ("model_types", "prefixes", "owns", "layouts"):
         _need(len(getattr(family, name)) > 0, name, "at least one entry", where)
-    _need(family.config["num_layers"].kind == "size", "config.num_layers", 'kind "size"', where)
+    kind = family.config["num_layers"].kind
+    _need(kind in ("size", "length"), "config.num_layers", 'kind "size" or "length"', where)
     for name, path in family.wrappers.items():
         _need(isinstance(path, str), f"wrappers.{name}", "the key of the nested config", where)
     for name, allowed in family.require.items():
@@ -59,7 +60,7 @@ def _tensors(table: dict[str, Any], key: str, where: str) -> None:
 
 def _template(value: Any, key: str, family: Family, maps: dict[str, dict[str, Any]]) -> None:
     if isinstance(value, str) and value.startswith("$"):
-        known = value[1:] in family.config
+        known = value == "$layer" or value[1:] in family.config
         _need(known, f"{key} = {value!r}", "$NAME of an entry of [config]", family.source)
     elif isinstance(value, list):
         for item in value:
@@ -70,8 +71,9 @@ def _template(value: Any, key: str, family: Family, maps: dict[str, dict[str, An
                 ok, need = well_formed(value, maps)
                 _need(ok, f"{key}.{operator}", need, family.source)
         for name, inner in value.items():
-            if not (name == "to" and "map" in value and isinstance(inner, str)):
-                _template(inner, f"{key}.{name}", family, maps)
+            if name == "to" and "map" in value:  # the names in it are values, not operators
+                inner = [] if isinstance(inner, str) else list(inner.values())
+            _template(inner, f"{key}.{name}", family, maps)
 
 
 Judge = Callable[[dict[str, Any], dict[str, dict[str, Any]]], "tuple[bool, str]"]
@@ -102,7 +104,9 @@ _OPERATORS: dict[str, Judge] = {
     "if": _if,
     "map": _map,
     "product": _values("product", None),
+    "sum": _values("sum", None),
     "power": _values("power", 2),
+    "less": _values("less", 2),
     "first": _values("first", None),
 }
 

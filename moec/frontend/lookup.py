@@ -10,7 +10,7 @@ from ..checkpoint import Checkpoint
 from ..errors import BadSpec
 from .family import Family, common
 from .faults import bad_config, shown
-from .values import Config
+from .values import Config, find
 
 _NESTED = "text_config"
 
@@ -33,20 +33,26 @@ def find_family(checkpoint: Checkpoint, families: Iterable[Family]) -> tuple[Fam
                 _refuse_quantized(config, inner)
                 _refuse_unknown_fields(family, inner)
                 return family, inner
-    if model_type in common().refused:
-        raise bad_config(
-            f"the model type {model_type!r} is not supported: {common().refused[model_type]}",
-            "layers whose result for a token depends on that token alone",
-            "use another model",
-        )
+    for _, inner in _candidates(config):
+        reason = common().refused.get(str(inner.get("model_type")))
+        if reason is not None:
+            raise bad_config(
+                f"the model type {inner['model_type']!r} is not supported: {reason}",
+                "layers whose result for a token depends on that token alone",
+                "use another model",
+            )
     raise _unknown(checkpoint, model_type, families)
 
 
 def _candidates(config: Config) -> Iterator[tuple[str, Config]]:
+    """The config and what is nested in it, two levels deep: (path, config)."""
     yield "", config
-    for name, value in config.items():
-        if isinstance(value, dict) and name.endswith("_config"):
-            yield name, value
+    nested = [(k, v) for k, v in config.items() if isinstance(v, dict) and k.endswith("_config")]
+    yield from nested
+    for outer, value in nested:
+        for name, inner in value.items():
+            if isinstance(inner, dict) and name.endswith("_config"):
+                yield f"{outer}.{name}", inner
 
 
 def _refuse_quantized(*configs: Config) -> None:
@@ -70,9 +76,16 @@ def looks_like_moe(key: str) -> bool:
 def _refuse_unknown_fields(family: Family, config: Config) -> None:
     known = {key for field in family.config.values() for key in field.keys}
     known |= {*family.ignore, *common().ignore}
+    entries = dict(config)
+    for table in sorted({key.rpartition(".")[0] for key in known if "." in key}):
+        inner = find(config, table)[1]
+        if isinstance(inner, dict):
+            entries.update({f"{table}.{k}": v for k, v in inner.items()})
     # A null says that the feature is off in every config format that writes nulls.
     unknown = sorted(
-        k for k, v in config.items() if looks_like_moe(k) and k not in known and v is not None
+        k
+        for k, v in entries.items()
+        if looks_like_moe(k) and k not in known and v is not None and not isinstance(v, dict)
     )
     if unknown:
         raise bad_config(

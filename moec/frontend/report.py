@@ -10,7 +10,7 @@ import math
 import textwrap
 from typing import Any
 
-from ..spec import MoESpec, SharedGate
+from ..spec import ExpertsSpec, MoESpec, SharedGate
 from ..text import amount, ranges, size
 from ..weights import ParamPlan, Piece
 from . import formula
@@ -19,7 +19,7 @@ from .model import Model
 
 WIDTH = 96
 _LABEL = 12
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 
 
 def shapes(model: Model) -> dict[str, list[Block]]:
@@ -77,13 +77,15 @@ def _shape(blocks: list[Block]) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": sum(p["bytes"] for p in parameters.values()),
         "elements": sum(math.prod(p.shape) for p in plan.values()),
-        "active_elements": sum(_active(p, spec.experts.top_k) for p in plan.values()),
+        "active_elements": sum(_active(n, p, spec.experts.top_k) for n, p in plan.items()),
         "spec": spec.to_json(),
     }
 
 
-def _active(plan: ParamPlan, top_k: int) -> int:
+def _active(name: str, plan: ParamPlan, top_k: int) -> int:
     """Elements that one token uses: K experts of what is kept by expert, all of the rest."""
+    if name == "token_table":  # one row of it
+        return top_k
     return math.prod(plan.canonical) * (top_k if plan.per_expert else 1)
 
 
@@ -134,13 +136,15 @@ def _block(name: str, blocks: list[Block], facts: dict[str, Any], prefix: str) -
         *_row(
             "sizes",
             f"E={experts.num_experts} K={experts.top_k} H={experts.hidden_size} "
-            f"I={experts.intermediate_size}, {size(facts['bytes'])} a layer",
+            f"I={experts.intermediate_size}{_widths(experts)}, {size(facts['bytes'])} a layer",
         ),
     ]
     if spec.shared is not None:
-        gate = ", times sigmoid(x @ gate)" if spec.shared.gate is SharedGate.SIGMOID else ""
-        act = formula.activation(spec.shared.activation)
-        lines += _row("shared", f"F={spec.shared.intermediate_size}, {act}{gate}")
+        act = formula.activation(spec.shared.activation, spec.shared.gated)
+        words = f"F={spec.shared.intermediate_size}, {act}{_SHARED[spec.shared.gate]}"
+        if spec.shared.scale != 1.0:
+            words += f", times {spec.shared.scale:g}"
+        lines += _row("shared", words + (", of shared_x" if spec.shared.own_input else ""))
     norms = [n.removeprefix("norm_") for n in plan if n.startswith("norm_")]
     if norms:
         lines += _row("norms", ", ".join(norms) + ("; adds x" if spec.norms.residual else ""))
@@ -150,6 +154,18 @@ def _block(name: str, blocks: list[Block], facts: dict[str, Any], prefix: str) -
         first, *more = _tensors(block, prefix)
         lines += [*_row("on disk", f"{layout}{only}: {first}"), *(" " * _LABEL + m for m in more)]
     return lines + _parameters(plan)
+
+
+_SHARED = {
+    SharedGate.NONE: "",
+    SharedGate.SIGMOID: ", times sigmoid(x @ gate)",
+    SharedGate.SOFTMAX: ", mixed with the routed sum by softmax(x @ gate + b)",
+}
+
+
+def _widths(experts: ExpertsSpec) -> str:
+    latent = f" M={experts.latent_size}" if experts.latent_size is not None else ""
+    return latent + (f" and {experts.zero_experts} that pass x" if experts.zero_experts else "")
 
 
 def _biases(spec: MoESpec) -> str:

@@ -1,7 +1,8 @@
 """Config fields as a family declares them, and the templates that refer to them.
 
-A template is a literal, "$field", a table or list of templates, or one operator table:
-{ if, then, else }   { map, to }   { product }   { power }   { first }
+A template is a literal, "$field", "$layer" (the number of the layer), a table or list of
+templates, or one operator table:
+{ if, then, else }   { map, to }   { product }   { sum }   { power }   { first }   { less }
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ class Fields:
     family: Family
     values: dict[str, Any]
 
+    def at(self, layer: int) -> Fields:
+        """The same entries as they are for one layer, which `$layer` then names."""
+        values: dict[str, Any] = {"layer": layer}
+        for name, value in self.values.items():
+            if self.family.config[name].per_layer and isinstance(value, list):
+                if layer >= len(value):
+                    raise bad_config(
+                        f"{self.key(name)} has {len(value)} entries, none for layer {layer}",
+                        "one entry per layer",
+                    )
+                value = value[layer]
+            values[name] = value
+        return Fields(self.family, values)
+
     def key(self, name: str) -> str:
         """The name in config.json, for messages."""
         return " / ".join(self.family.config[name].keys)
@@ -38,7 +53,7 @@ def read_fields(family: Family, config: Config) -> Fields:
     fields = Fields(family, {n: _read(n, f, config) for n, f in family.config.items()})
     for name, allowed in family.require.items():
         value = fields.values[name]
-        if value is not None and value not in allowed:
+        if value is not None and not _allowed(value, allowed):
             raise bad_config(
                 f"{fields.key(name)}: {shown(value)} is not known for the family {family.family}",
                 " or ".join(repr(a) for a in allowed),
@@ -47,8 +62,26 @@ def read_fields(family: Family, config: Config) -> Fields:
     return fields
 
 
+def _allowed(value: Any, allowed: list[Any]) -> bool:
+    # 1 == True in Python: a number must not pass for a flag.
+    return any(value == a and (type(value) is type(a) or type(a) is float) for a in allowed)
+
+
+def find(config: Config, key: str) -> tuple[bool, Any]:
+    """(whether `config` has `key`, a name or a path of names, and its value)."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
+
+
 def _read(name: str, field: Field, config: Config) -> Any:
-    present = {key: config[key] for key in field.keys if key in config}
+    looked_up = {key: find(config, key) for key in field.keys}
+    present = {key: value for key, (there, value) in looked_up.items() if there}
+    if field.kind == "length":
+        present = {k: len(v) if isinstance(v, (list, str)) else v for k, v in present.items()}
     if not present:
         if field.required:
             raise bad_config(f"{' / '.join(field.keys)} is missing", _WORDS[field.kind])
@@ -62,11 +95,14 @@ def _read(name: str, field: Field, config: Config) -> Any:
         if field.optional:
             return None
         raise bad_config(f"{key} is null", _WORDS[field.kind])
+    if field.per_layer and isinstance(value, list):
+        return [None if v is None else _typed(key, field.kind, v) for v in value]
     return _typed(key, field.kind, value)
 
 
 _WORDS = {
     "size": "a positive integer",
+    "length": "a positive integer",
     "count": "an integer of at least 0",
     "integer": "an integer",
     "number": "a finite number",
@@ -88,7 +124,7 @@ def _typed(key: str, kind: str, value: Any) -> Any:
 
 def _fits(kind: str, value: Any) -> bool:
     whole = type(value) is int and abs(value) < 1 << 40
-    if kind == "size":
+    if kind in ("size", "length"):
         return whole and value >= 1
     if kind == "count":
         return whole and value >= 0
@@ -140,6 +176,8 @@ def _if(template: Config, fields: Fields) -> Any:
 
 def _map(template: Config, fields: Fields) -> Any:
     value = resolve(template["map"], fields)
+    if isinstance(value, bool):
+        value = str(value).lower()  # as TOML and JSON write it
     table = template["to"]
     if isinstance(table, str):
         table = common().maps[table]
@@ -170,6 +208,16 @@ def _product(template: Config, fields: Fields) -> Any:
     return math.prod(values) if values else None
 
 
+def _sum(template: Config, fields: Fields) -> Any:
+    values = _numbers(template, "sum", fields)
+    return sum(values) if values else None
+
+
+def _less(template: Config, fields: Fields) -> Any:
+    values = _numbers(template, "less", fields)
+    return bool(values) and values[0] < values[1]
+
+
 def _power(template: Config, fields: Fields) -> Any:
     values = _numbers(template, "power", fields)
     if not values:
@@ -186,4 +234,12 @@ def _first(template: Config, fields: Fields) -> Any:
     return next((v for v in values if v is not None), None)
 
 
-_OPERATORS = {"if": _if, "map": _map, "product": _product, "power": _power, "first": _first}
+_OPERATORS = {
+    "if": _if,
+    "map": _map,
+    "product": _product,
+    "sum": _sum,
+    "power": _power,
+    "first": _first,
+    "less": _less,
+}

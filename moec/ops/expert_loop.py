@@ -19,7 +19,8 @@ def _infer(types: Types, attrs: Attrs) -> Any:
     for name, columns in (("gate_up_bias", rows), ("down_bias", hidden)):
         if name in types:
             expect("expert_loop", types, name, experts, columns)
-    return tensor([tokens, hidden], "float32")
+    count = tokens * top_k if attrs.get("each") else tokens
+    return tensor([count, hidden], "float32")
 
 
 OP = OpDef(

@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm import relax
 
-from ..spec import RouterSpec
+from ..spec import RouterSpec, Selection
 from .attrs import from_attrs, to_attrs
 from .define import Attrs, OpDef, Types, expect, require, tensor, text
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
     spec = spec_of(attrs)
-    tokens, experts = expect("route", types, "logits", "T", spec.num_experts)
-    for name in ("selection_bias", "per_expert_scale"):
-        given, wanted = name in types, bool(getattr(spec, name))
-        state, need = ("given", "none") if given else ("missing", text([experts]))
-        require("route", given == wanted, name, state, need)
-        if given:
-            expect("route", types, name, experts)
+    tokens, _ = expect("route", types, "logits", "T", spec.num_experts)
+    for name, shape in _operands(spec).items():
+        given = name in types
+        state, need = ("given", "none") if given else ("missing", text(shape or ()))
+        require("route", given == (shape is not None), name, state, need)
+        if shape is not None:
+            expect("route", types, name, *shape)
+    if spec.selection is Selection.TOKEN_TABLE:
+        expect("route", types, "token_ids", tokens)
     return relax.TupleType(
         [tensor([tokens, spec.top_k], "int32"), tensor([tokens, spec.top_k], "float32")]
     )
 
 
-OP = OpDef("route", __doc__, ("logits",), ("selection_bias", "per_expert_scale"), _infer)
+def _operands(spec: RouterSpec) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of the stored operands that a spec asks for (None: not asked for)."""
+    table = spec.selection is Selection.TOKEN_TABLE
+    return {
+        "selection_bias": (spec.selectable,) if spec.selection_bias else None,
+        "per_expert_scale": (spec.num_experts,) if spec.per_expert_scale else None,
+        "global_scale": (1,) if spec.global_scale else None,
+        "token_table": (spec.vocab_size, spec.top_k) if table else None,
+    }
 
 
-def route(
-    logits: Any,
-    selection_bias: Any | None,
-    per_expert_scale: Any | None,
-    spec: RouterSpec,
-    dtype: str,
-) -> Any:
+EXTRA = ("selection_bias", "per_expert_scale", "global_scale", "token_ids", "token_table")
+OP = OpDef("route", __doc__, ("logits",), EXTRA, _infer)
+
+
+def route(logits: Any, extra: Mapping[str, Any], spec: RouterSpec, dtype: str) -> Any:
     """logits [T, E] float32 -> (topk_ids [T, K] int32, topk_weights [T, K] float32).
 
-    `dtype` is the model's dtype, to which Precision.MODEL rounds.
+    `extra` holds what `spec` asks for: selection_bias [E], per_expert_scale [E], global_scale
+    [1], and of a token table token_ids [T] and token_table [V, K], both int32. `dtype` is the
+    model's dtype, to which Precision.MODEL rounds.
     """
-    extra = {"selection_bias": selection_bias, "per_expert_scale": per_expert_scale}
     return OP.call([logits], extra, dtype=dtype, **to_attrs(spec))
 
 

@@ -166,7 +166,7 @@ def test_unknown_model_types(tmp_path: Path) -> None:
     odd = small.config(model_type="grok9", moe_top_k="\x1b[31m", router_p_norm=2)
     error = refused(tmp_path, odd)
     assert error.message == "the model type 'grok9' is not known"
-    assert "the nearest is " in error.need and "like qwen3_moe.toml" in error.hint
+    assert "the nearest is " in error.need and "like grok_1.toml" in error.hint
     assert "moe_top_k = '\\x1b[31m'" in error.hint and "router_p_norm = 2" in error.hint
     assert "model.layers.N.mlp.experts.N.down_proj.weight" in error.hint
     assert "\x1b" not in str(error)

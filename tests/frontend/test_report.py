@@ -209,6 +209,14 @@ FORMULAS: dict[str, tuple[dict[str, Any], str]] = {
          "weight_source": WeightSource.SPARSEMIXER, "sparsemixer_eps": 0.01},
         "logits over 8 -> sparsemixer top 2 (eps 0.01)",
     ),
+    "token table": (
+        {"selection": Selection.TOKEN_TABLE, "vocab_size": 99},
+        "softmax over 8 -> 2 by the token, of a table of 99",
+    ),
+    "always": (
+        {"always": 1, "renorm": Renorm.SUM, "global_scale": True},
+        "softmax over 8 -> top 1 of 7 -> and the last -> / sum -> * stored scale",
+    ),
 }  # fmt: skip
 
 
@@ -225,11 +233,11 @@ def test_no_two_routers_read_alike() -> None:
 
 # Roundings, and numbers that only say something together with a choice made in FORMULAS.
 UNTOLD = {"num_experts", "top_k", "logits_dtype", "weights_dtype", "renorm_epsilon", "renorm_p",
-          "sparsemixer_eps", "score", "selection", "weight_source"}  # fmt: skip
+          "sparsemixer_eps", "vocab_size", "score", "selection", "weight_source"}  # fmt: skip
 TOLD: dict[str, Any] = {
     "logit_bias": True, "logit_scale": 2.0, "logit_cap": 3.0, "selection_bias": True,
     "groups": GroupSpec(2, 1), "renorm": Renorm.SUM, "scale": 2.0, "per_expert_scale": True,
-    "apply_to": ApplyTo.INPUT,
+    "apply_to": ApplyTo.INPUT, "always": 1, "global_scale": True,
 }  # fmt: skip
 
 
@@ -252,6 +260,8 @@ def test_every_field_of_an_activation_is_told() -> None:
         "clamp": {"clamp": Clamp.AFTER, "limit": 3.0},
         "limit": {"clamp": Clamp.BEFORE, "limit": 3.0},
         "up_offset": {"up_offset": 1.0},
+        "gate_cap": {"gate_cap": 4.0},
+        "up_cap": {"up_cap": 25.0},
     }
     assert set(changes) == {f.name for f in dataclasses.fields(ActivationSpec)}
     told = {

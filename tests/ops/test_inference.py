@@ -20,10 +20,12 @@ from moec.ops import (
     grouped_matmul,
     indexed_matmul,
     linear,
+    pass_weight,
     reduce,
     rms_norm,
     route,
     sort,
+    sum_rows,
 )
 from moec.ops.define import dtype_of, shape_of, tensor, text
 from moec.spec import ActivationSpec, NormSpec, RouterSpec
@@ -72,7 +74,7 @@ GOOD: dict[str, Row] = {
         "[T, 20]",
     ),
     "route": (
-        lambda logits, selection_bias: route.route(logits, selection_bias, None, ROUTER, "float32"),
+        lambda logits, **extra: route.route(logits, extra, ROUTER, "float32"),
         {"logits": ("T", E), "selection_bias": (E,)},
         "[T, 2] int32, [T, 2] float32",
     ),
@@ -121,6 +123,17 @@ GOOD: dict[str, Row] = {
         {"rows": ("S", H), **ORDER, **WEIGHTS},
         "[T, 20]",
     ),
+    "sum_rows": (
+        lambda rows, topk_weights: sum_rows.OP.call(
+            [rows], {"topk_weights": topk_weights}, top_k=K),
+        {"rows": ("S", H), **WEIGHTS},
+        "[T, 20]",
+    ),
+    "pass_weight": (
+        lambda topk_ids, topk_weights: pass_weight.pass_weight(topk_ids, topk_weights, E, 2),
+        {**IDS, **WEIGHTS},
+        "[T, 1]",
+    ),
     "combine": (
         lambda **o: combine.combine(o.pop("routed"), "float32", **o),
         {"routed": ("T", H), "shared": ("T", H), "gate": ("T", 1), "residual": ("T", H)},
@@ -138,6 +151,9 @@ BAD: list[tuple[str, str, tuple[Any, ...], str, str]] = [
     ("rms_norm", "x", ("T", H, 1), "[T, 20, 1]", "[T, H]"),
     ("route", "logits", ("T", E + 1), "[T, 7]", "[T, 6]"),
     ("route", "selection_bias", (E - 1,), "[5]", "[6]"),
+    ("sum_rows", "topk_weights", ("T", K + 1), "[T, 3] float32", "[T, 2] float32"),
+    ("pass_weight", "topk_ids", ("T", K), "[T, 2] float32", "[T, K] int32"),
+    ("pass_weight", "topk_weights", ("T", K + 1), "[T, 3] float32", "[T, 2] float32"),
     ("sort", "topk_ids", ("T", K), "[T, 2] float32", "[T, K] int32"),
     ("sort", "topk_ids", ("T", "int32"), "[T] int32", "[T, K] int32"),
     ("gather_rows", "row_order", ("T", "int32"), "[T] int32", "[S] int32"),
@@ -236,12 +252,10 @@ def test_an_operand_that_does_not_fit(
 
 def test_operands_that_must_be_there() -> None:
     spec = RouterSpec(E, K)
-    make: Make = lambda logits, selection_bias: route.route(  # noqa: E731
-        logits, selection_bias, None, spec, "float32"
-    )
+    make: Make = lambda logits, **extra: route.route(logits, extra, spec, "float32")  # noqa: E731
     with pytest.raises(BadSpec, match="operand 'selection_bias' is given, needed none"):
         build((make, GOOD["route"][1], ""))
-    row = (lambda logits: route.route(logits, None, None, ROUTER, "float32"), {"logits": ("T", E)})
+    row = (lambda logits: route.route(logits, {}, ROUTER, "float32"), {"logits": ("T", E)})
     with pytest.raises(BadSpec, match=r"operand 'selection_bias' is missing, needed \[6\]"):
         build((*row, ""))
     with pytest.raises(BadSpec, match="operand 'row_order' is missing"):

@@ -55,6 +55,9 @@ _LN2_LO = 1.4286068203094172e-06
 _EXP_LOW, _EXP_HIGH = -87.0, 88.0  # exp stays normal and finite in between
 # Taylor coefficients of e^r for |r| <= ln2/2: the first omitted term is r^8/8! < 6e-9.
 _EXP_POLY = tuple(1.0 / math.factorial(i) for i in range(7, -1, -1))
+# tanh x = x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - ...: 9e-3 x^10 is left out.
+_TANH_POLY = (62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0)
+_TANH_NEAR = 0.3
 # Abramowitz and Stegun 7.1.26: |error| of erf <= 1.5e-7.
 _ERF_P = 0.3275911
 _ERF_POLY = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
@@ -188,6 +191,22 @@ class Emit:
         """1 / (1 + e^-x)."""
         one = self.splat(1.0)
         return self.bind(one / (one + self.exp(self.splat(0.0) - x)))
+
+    def tanh(self, x: Any) -> Any:
+        """tanh(x), relative error below 1e-6: a series near 0, where 2 sigmoid(2x) - 1 cancels."""
+        x = self.bind(x)
+        square = self.bind(x * x)
+        p = self.splat(_TANH_POLY[0])
+        for c in _TANH_POLY[1:]:
+            p = self.bind(self.fma(p, square, self.splat(c)))
+        two = self.splat(2.0)
+        far = two * self.sigmoid(two * x) - self.splat(1.0)
+        near = square < self.splat(_TANH_NEAR * _TANH_NEAR)
+        return self.bind(tirx.Select(near, p * x, far))
+
+    def soft_cap(self, x: Any, cap: float) -> Any:
+        """cap * tanh(x / cap)."""
+        return self.bind(self.splat(cap) * self.tanh(x * self.splat(1.0 / cap)))
 
     def erf(self, x: Any) -> Any:
         """erf(x), absolute error below 2e-7."""

@@ -50,9 +50,9 @@ def hidden(name: str, operand: Operand, copies: int) -> Buf:
     return Buf(name, (PerToken(copies), operand.stride), storage(operand.dtype))
 
 
-def accumulator(name: str, width: int, em_panel: int) -> Buf:
-    """[T, width rounded up to panels] float32."""
-    return Buf(name, (PerToken(), round_up(width, em_panel)), "float32")
+def accumulator(name: str, width: int, em_panel: int, copies: int = 1) -> Buf:
+    """[T * copies, width rounded up to panels] float32."""
+    return Buf(name, (PerToken(copies), round_up(width, em_panel)), "float32")
 
 
 def k_blocks(panels: Panels, limit: int) -> list[tuple[int, int]]:

@@ -1,0 +1,23 @@
+"""moec.pass_weight: how much of a token passes unchanged, the summed weights of zero experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+
+from .define import Attrs, OpDef, Types, expect, tensor
+
+
+def _infer(types: Types, attrs: Attrs) -> Any:
+    tokens, top_k = expect("pass_weight", types, "topk_ids", "T", "K", dtype="int32")
+    expect("pass_weight", types, "topk_weights", tokens, top_k, dtype="float32")
+    return tensor([tokens, tirx.const(1, "int64")], "float32")
+
+
+OP = OpDef("pass_weight", __doc__, ("topk_ids", "topk_weights"), (), _infer)
+
+
+def pass_weight(topk_ids: Any, topk_weights: Any, first: int, count: int) -> Any:
+    """[T, 1] float32: the sum of the weights whose ids are in [first, first + count)."""
+    return OP.call([topk_ids, topk_weights], {}, first=first, count=count)
