@@ -13,6 +13,7 @@ import importlib.util
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,11 +50,23 @@ def install() -> None:
     ctypes.CDLL(str(_package("tvm_ffi") / "lib" / "libtvm_ffi.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(folder / "lib" / "libtvm_runtime.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(_built()), mode=ctypes.RTLD_GLOBAL)
+    tvm_ffi.register_global_func("metal_emulator.announce", _announce, override=True)
     tvm_ffi.register_global_func("metal_emulator.compile", _compile, override=True)
 
 
+# Kernels being compiled, by their text: a module announces all that it holds when it is loaded.
+_compiling: dict[str, Future[Path]] = {}
+_pool = ThreadPoolExecutor(os.cpu_count())
+
+
+def _announce(source: str) -> None:
+    if str(source) not in _compiling:
+        _compiling[str(source)] = _pool.submit(msl.compile_msl, str(source))
+
+
 def _compile(source: str) -> str:
-    return str(msl.compile_msl(str(source)))
+    _announce(source)
+    return str(_compiling[str(source)].result())
 
 
 @contextlib.contextmanager

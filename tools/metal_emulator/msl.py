@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +70,7 @@ def translate(source: str) -> str:
     body = re.sub(r"^// Function: .*$", "", body, flags=re.M)
     body = _ARRAY.sub(r"\1MSL_THREADGROUP(\2, \3, \4);", body)
     body = _POINTER.sub(_pointer, body)
-    return (
-        f"{body}\n#include <msl_launch.h>\n"
-        'extern "C" int msl_entry(const msl::Request* r) { return msl::launch(msl_kernel, *r); }\n'
-    )
+    return f"{body}\n#include <msl_launch.h>\n"
 
 
 def _pointer(match: re.Match[str]) -> str:
@@ -84,18 +82,19 @@ def _pointer(match: re.Match[str]) -> str:
 def compile_msl(source: str) -> Path:
     """The shared library of MSL text with one kernel; MSLError with the compiler's words."""
     text = translate(source)
-    command = [*_compiler(), *_flags()]
+    command, core = [*_compiler(), *_flags()], _core()
     key = hashlib.sha256()
-    for part in (text, " ".join(command), *(h.read_text() for h in _HEADERS)):
+    for part in (text, " ".join(command), str(core), *(h.read_text() for h in _HEADERS)):
         key.update(part.encode())
     library = _cache() / f"{key.hexdigest()[:32]}.so"
     if library.exists():
         return library
-    unit = library.with_suffix(f".{os.getpid()}.cc")
+    own = f"{os.getpid()}-{threading.get_ident()}"
+    unit = library.with_suffix(f".{own}.cc")
     unit.write_text(text)
-    made = library.with_suffix(f".{os.getpid()}.so")
+    made = library.with_suffix(f".{own}.so")
     result = subprocess.run(
-        [*command, "-include", str(_precompiled(command)), str(unit), "-o", str(made)],
+        [*command, "-include", str(_precompiled(command)), str(unit), str(core), "-o", str(made)],
         capture_output=True,
         text=True,
         check=False,
@@ -115,7 +114,7 @@ def _compiler() -> list[str]:
 
 
 def _flags() -> list[str]:
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-pthread", "-fno-strict-aliasing"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing"]
     flags += ["-ffp-contract=off", f"-I{HERE / 'include'}"]
     if platform.machine() == "x86_64" and "f16c" in Path("/proc/cpuinfo").read_text():
         flags += ["-mf16c", "-mavx"]
@@ -129,6 +128,24 @@ def _cache() -> Path:
     return path
 
 
+_making = threading.Lock()
+
+
+def _core() -> Path:
+    """The library with the part that no kernel changes, built when its source changed."""
+    source = HERE / "core.cc"
+    header = HERE / "include" / "msl_fiber.h"
+    command = [*_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", f"-I{HERE}"]
+    key = hashlib.sha256(" ".join(command).encode() + source.read_bytes() + header.read_bytes())
+    library = _cache() / f"core-{key.hexdigest()[:24]}.so"
+    with _making:
+        if not library.exists():
+            made = library.with_suffix(f".{os.getpid()}")
+            subprocess.run([*command, str(source), "-o", str(made)], check=True)
+            made.rename(library)
+    return library
+
+
 def _precompiled(command: list[str]) -> Path:
     """A header of all that every kernel includes, compiled once: two thirds of the time."""
     key = hashlib.sha256(" ".join(command).encode())
@@ -136,9 +153,11 @@ def _precompiled(command: list[str]) -> Path:
         key.update(header.read_bytes())
     header = _cache() / f"{key.hexdigest()[:32]}.h"
     made = header.with_suffix(".h.gch")
-    if not made.exists():
+    with _making:
+        if made.exists():
+            return header
         # Standard headers first: metal_stdlib defines words such as `thread` as macros.
-        names = ("atomic", "functional", "mutex", "random", "thread", "tuple", "metal_stdlib")
+        names = ("string", "tuple", "vector", "metal_stdlib")
         header.write_text("".join(f"#include <{name}>\n" for name in names))
         fresh = made.with_suffix(f".{os.getpid()}")
         options = [flag for flag in command if flag != "-shared"]

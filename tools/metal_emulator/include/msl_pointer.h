@@ -13,30 +13,6 @@ namespace msl {
 
 enum Space { kDevice, kThreadgroup };
 
-inline void touch_device(int buffer, size_t offset, size_t bytes, bool writes) {
-  Group* g = group();
-  (writes ? g->count.device_written : g->count.device_read) += bytes;
-  if (!g->launch->trace) return;
-  Buffer& b = g->launch->buffers[buffer];
-  uint32_t me = g->index + 1;
-  for (size_t i = offset / kUnit; i < (offset + bytes + kUnit - 1) / kUnit; ++i) {
-    uint32_t writer = b.writer[i], reader = b.reader[i];
-    if ((writer && writer != me) || (writes && reader && reader != me))
-      fail("race in device memory: threadgroups " + std::to_string(writer ? writer - 1 : reader - 1) +
-           " and " + std::to_string(g->index) + " touch byte " + std::to_string(i * kUnit) +
-           " of buffer " + std::to_string(buffer) + " in one launch, and one of them writes");
-    if (writes) {
-      if (!writer) g->count.device_written_distinct += kUnit;
-      b.writer[i] = me;
-    } else {
-      if (!reader) g->count.device_read_distinct += kUnit;
-      // With two readers no threadgroup may write any more: one that cannot be equal stands
-      // for both.
-      b.reader[i] = reader && reader != me ? 0xFFFFFFFFu : me;
-    }
-  }
-}
-
 template <Space S, class T>
 struct ref;
 
@@ -75,9 +51,9 @@ struct ptr {
     if ((uintptr_t)a % alignof(T))
       fail(std::string(what) + " access is not aligned to " + std::to_string(alignof(T)) + " bytes");
     if (S == kThreadgroup)
-      touch_threadgroup(a - group()->arena, sizeof(T), writes);
+      touch_threadgroup(a - arena(), sizeof(T), writes);
     else
-      touch_device(buffer, a - group()->launch->buffers[buffer].data, sizeof(T), writes);
+      touch_device(buffer, a - buffer_data(buffer), sizeof(T), writes);
   }
   V load() const { check(false); return *at; }
   void store(const V& v) const { check(true); *at = v; }
@@ -103,7 +79,7 @@ template <class T> using threadgroup_ptr = ptr<kThreadgroup, T>;
 
 template <class T> threadgroup_ptr<T> threadgroup_array_of(int line, size_t n) {
   size_t offset = threadgroup_array(line, n * sizeof(T));
-  char* at = group()->arena + offset;
+  char* at = arena() + offset;
   return {(T*)at, at, at + n * sizeof(T), 0};
 }
 

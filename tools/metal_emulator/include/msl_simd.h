@@ -1,6 +1,6 @@
-// SIMD-group functions, simdgroup matrices and atomics.
+// SIMD-group functions and simdgroup matrices.
 #pragma once
-#include <atomic>
+#include <utility>
 
 #include "msl_pointer.h"
 #include "msl_types.h"
@@ -158,7 +158,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
     for (int l = 0; l < 32; ++l)
       for (int k = 0; k < 2; ++k)
         ((Op*)all[l])->d->e[k] = D(fc[detail::matrix_row(l)][detail::matrix_column(l) + k]);
-    ++msl::group()->count.mma;
+    msl::count_mma();
   });
 }
 

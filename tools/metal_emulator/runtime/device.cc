@@ -228,6 +228,9 @@ ffi::Module Load(const ffi::Bytes& bytes) {
   ffi::Map<ffi::String, FunctionInfo> functions;
   ffi::Map<ffi::String, ffi::Bytes> sources;
   TVM_FFI_ICHECK(stream.Read(&format) && stream.Read(&functions) && stream.Read(&sources)) << "damaged Metal module";
+  // Compiling takes a second a kernel: begin with all of them, side by side.
+  auto announce = ffi::Function::GetGlobalRequired("metal_emulator.announce");
+  for (const auto& kv : sources) announce(ffi::String(kv.second.data(), kv.second.size()));
   return Create(sources, format, functions, {});
 }
 
