@@ -58,13 +58,22 @@ class Target:
         return f"{self.arch}-unknown-linux-gnu"
 
     @property
+    def library(self) -> str:
+        """The name of its library in an artifact."""
+        return f"lib/{self.name}{'.dylib' if self.os == 'macos' else '.so'}"
+
+    @property
     def runs_here(self) -> bool:
         """Whether this machine has the operating system and architecture of the target."""
         return (self.os, self.arch) == (host.host().os, host.host().arch)
 
 
 def resolve(text: str) -> Target:
-    """A Target from its name: "cpu" (this machine), "cpu:NAME"; raises TargetError."""
+    """A Target from its name: "cpu" (this machine), "cpu:NAME", "metal"; raises TargetError.
+
+    "metal" is any Mac with Apple silicon. "metal:emulated" has the same kernels and the host
+    code of this machine: what the emulator in tools/ runs, for tests.
+    """
     kind, _, name = text.strip().partition(":")
     if kind not in KINDS:
         raise TargetError(
@@ -72,13 +81,22 @@ def resolve(text: str) -> Target:
             need="one of " + ", ".join(KINDS),
             hint="'moec targets' lists what can be compiled for",
         )
+    if kind == "metal" and name in ("", "emulated"):
+        return _metal(bool(name))
     if kind != "cpu":
         raise TargetError(
             f"target {text!r} is not supported by this version",
-            need="cpu or cpu:NAME",
+            need="cpu, cpu:NAME or metal",
             hint="'moec targets' lists what can be compiled for",
         )
     return _cpu(name or host_cpu(), text)
+
+
+def _metal(emulated: bool) -> Target:
+    here = host.host()
+    if emulated:
+        return Target("metal-emulated", "metal", here.os, here.arch, "")
+    return Target("metal", "metal", "macos", _ARM, "")
 
 
 def host_cpu() -> str:

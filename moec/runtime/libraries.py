@@ -38,6 +38,17 @@ def backend() -> ctypes.CDLL:
     return _load("tvm", f"libtvm_runtime{_SUFFIX}")
 
 
+def optional(package: str, name: str) -> bool:
+    """Load a further library of a package if it has one of that name; whether it did."""
+    runtime()
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    if not any((Path(folder) / "lib" / f"{name}{_SUFFIX}").is_file() for folder in folders):
+        return False
+    _load(package, f"{name}{_SUFFIX}")
+    return True
+
+
 class Library:
     """A compiled library; functions are looked up by symbol and then kept."""
 

@@ -12,6 +12,7 @@ using a model; there, the thread that forked works alone.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -27,10 +28,11 @@ from ..spec import MoESpec
 from .binding import Binding
 from .call import Call
 from .libraries import Library
+from .metal import MetalCall, MetalDevice
 from .tensors import view
 
 _MOST_THREADS = 4096
-_RUNNABLE = ("cpu",)
+_RUNNABLE = ("cpu", "metal")
 
 
 def load(
@@ -41,7 +43,7 @@ def load(
     threads: int | None = None,
     verify: Verify | str = Verify.FULL,
 ) -> Model:
-    """Load the artifact at `path` for `device` ("cpu").
+    """Load the artifact at `path` for `device` ("cpu", "metal:0").
 
     `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
     is how many parts a call is split into, by default the cores that this process may use;
@@ -61,6 +63,8 @@ def load(
     artifact = Artifact.open(path, verify)
     name = _choose_target(artifact, device)
     workers = min(parts, host.cores())
+    # A library for a device loads only where the device's runtime is.
+    accelerator = _open_device(device)
     try:
         library = Library(artifact.file(artifact.manifest.targets[name].library))
     except MoecError as error:
@@ -70,7 +74,7 @@ def load(
             "the library cannot be loaded", where=error.message, hint="compile the artifact again"
         ) from None
     binding = Binding(artifact, name, library, checkpoint, workers)
-    return Model(artifact, name, library, binding, (parts, workers))
+    return Model(artifact, name, library, binding, (parts, workers), accelerator)
 
 
 class Model:
@@ -83,13 +87,14 @@ class Model:
         library: Library,
         binding: Binding,
         threads: tuple[int, int],
+        device: MetalDevice | None,
     ) -> None:
         self.path: Path = artifact.path
         self.target = target
         self.digest = artifact.manifest.digest
         self.threads = threads[0]
         self._blocks = {
-            entry.layer: Block(artifact, target, entry, library, binding, threads)
+            entry.layer: Block(artifact, target, entry, library, binding, threads, device)
             for entry in artifact.manifest.blocks
         }
 
@@ -135,13 +140,15 @@ class Block:
         library: Library,
         binding: Binding,
         threads: tuple[int, int],
+        device: MetalDevice | None,
     ) -> None:
         self.layer = entry.layer
         self.spec: MoESpec = artifact.manifest.shapes[entry.shape].spec
         self._where = str(artifact.path)
         compiled = artifact.manifest.targets[target].shapes[entry.shape]
-        self._calls = {
-            name: Call(
+        make = Call if device is None else functools.partial(MetalCall, device, entry.layer)
+        self._calls: dict[str, Call] = {
+            name: make(
                 name,
                 function,
                 library,
@@ -259,6 +266,12 @@ def _threads(threads: int | None) -> int:
             f"threads={threads} makes no sense", where="threads", need=f"1 to {_MOST_THREADS}"
         )
     return threads
+
+
+def _open_device(device: str) -> MetalDevice | None:
+    """The device that is not the CPU, opened."""
+    kind, _, index = device.partition(":")
+    return MetalDevice(int(index or 0)) if kind == "metal" else None
 
 
 def _choose_target(artifact: Artifact, device: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 from ..errors import TargetError
 from ..spec import MoESpec
 from ..target import KINDS, Target
-from .buffers import Kernel
+from .buffers import Buf, Kernel
+from .entry import Entry, Wiring, build_entry
 from .program import Lowering
 
 
@@ -73,6 +74,9 @@ class Schedule:
             raise TargetError(f"schedule {self.name!r} has an unknown target kind {self.kind!r}")
 
 
+MakeEntry = Callable[[str, Wiring, Mapping[str, Buf], Mapping[str, Buf], Mapping[str, Buf]], Entry]
+
+
 @dataclass(frozen=True)
 class Backend:
     """All that a kind of target brings to the compiler.
@@ -81,7 +85,8 @@ class Backend:
     with `prefix`; the schedules of the shape share it, and with it every kernel that they have
     in common. `packing` says how every parameter is bound, and gives the kernels that pack.
     `build` compiles functions into a library file, `requires` names what a machine needs to
-    run it (as the artifact's manifest writes it).
+    run it (as the artifact's manifest writes it). `entry` turns a straight line of kernel calls
+    into one compiled function.
     """
 
     kind: str
@@ -90,6 +95,7 @@ class Backend:
     packing: Callable[[MoESpec, Target, str], tuple[dict[str, Packed], dict[str, Kernel]]]
     build: Callable[[Mapping[str, Any], Target, Path], None]
     requires: Callable[[Target], dict[str, Any]]
+    entry: MakeEntry = build_entry
 
     def __post_init__(self) -> None:
         for name, schedule in self.schedules.items():

@@ -40,8 +40,12 @@ class Buf:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A PrimFunc and what a caller must pass: `args` in order, then tokens and threads."""
+    """A PrimFunc and what a caller must pass: `args` in order, then what the backend's entry adds.
+
+    `constants` are sizes that such an entry passes as numbers.
+    """
 
     symbol: str
     args: tuple[Buf, ...]
     func: tirx.PrimFunc = field(compare=False)  # the symbol is its identity
+    constants: tuple[int, ...] = ()
