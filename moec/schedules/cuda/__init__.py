@@ -1,0 +1,1 @@
+"""Schedules for NVIDIA GPUs: kernels as TIRx functions, compiled to cubins by NVRTC."""

@@ -1,0 +1,333 @@
+"""Grouped matmuls for few rows an expert: every weight byte is read once, as fast as it comes.
+
+The sides are swapped: 128 weight rows are the M side of wgmma (64 a warpgroup) and the tokens
+of the expert its N side, 8 to 128 of them, so that padding costs no bandwidth. For a gated
+first matmul the tile holds 8 gate rows, their 8 up rows, the next 8 gate rows...: one TMA
+box of five dimensions lays the canonical weight out like that, and both values of a pair
+end up in one thread. Results go through shared memory, transposed, to whole rows.
+"""
+
+# The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from ...spec import ActivationSpec
+from ..buffers import Kernel
+from .activation import device_function
+from .intrinsics import BARRIER_WAIT, fresh
+from .shapes import Matmul
+
+_TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
+BM, BK, THREADS = 128, 64, 384
+SHARED_LIMIT = 227 * 1024
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """`rows` tokens a tile (8 to 128), `depth` K blocks of 64 a stage, ring `stages` (0: all).
+
+    `lag` stages of gathered tokens are in flight before the oldest is handed over.
+    """
+
+    rows: int = 16
+    depth: int = 1
+    stages: int = 0
+    lag: int = 4
+
+    def ring(self) -> int:
+        """Stages of the ring: what fits when `stages` is 0."""
+        room = SHARED_LIMIT - self.staging() - 1024
+        return self.stages or min(12, room // (self.depth * (BM + self.rows) * BK * 2 + 16))
+
+    def staging(self) -> int:
+        """Bytes of the transposing buffer of both warpgroups."""
+        return 2 * self.rows * 144
+
+
+def gate_up(
+    symbol: str, shape: Matmul, act: ActivationSpec, config: StreamConfig, sms: int
+) -> Kernel:
+    """x [T, H], row_order, tiles, tile_count, weight [E, 2I, H] (, bias) -> h [S, I] sorted."""
+    return _build(symbol, shape, act, config, sms)
+
+
+def down(symbol: str, shape: Matmul, config: StreamConfig, sms: int) -> Kernel:
+    """h [S, I] sorted, row_order, tiles, tile_count, weight [E, H, I] (, bias) -> rows [S, H].
+
+    rows[t*K + k] is the unweighted row of expert topk_ids[t, k]; rows of ids outside [0, E)
+    are not written.
+    """
+    return _build(symbol, shape, None, config, sms)
+
+
+def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> Kernel:
+    FIRST = act is not None
+    E, TOPK, K, COLS = shape.experts, shape.top_k, shape.inner, shape.outer
+    PAIR, BIAS, DT = shape.gated and FIRST, shape.bias, shape.dtype
+    SHORT = "bf16" if DT == "bfloat16" else "f16"
+    N, D, ST, LAG = config.rows, config.depth, config.ring(), min(config.lag, config.ring() - 2)
+    NOUT = BM // 2 if PAIR else BM            # outputs of a tile
+    WOUT = NOUT // 2                          # of a warpgroup
+    PITCH = WOUT + 8                          # 16-bit words between tokens: free of conflicts
+    NB = -(-COLS // NOUT)
+    KB = -(-K // (BK * D))
+    NACC = N // 2
+    ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
+    TX = ABYTES if FIRST else ABYTES + BBYTES
+    FULL = 5 if FIRST else 1
+    PIECES = N * 8 * D                        # 16-byte pieces of tokens a stage
+    TURNS = -(-PIECES // 128)
+    OUTP = WOUT // 8                          # 16-byte pieces of a token's result
+    OTURNS = -(-N * OUTP // 128)
+    WROWS = COLS * (2 if PAIR else 1)
+    FRAG = 1 if PAIR else 2                   # 8x8 results of a warp per 8 tokens
+    mma = f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.{SHORT}.{SHORT}"
+    cvt = f"cvt.rn.{SHORT}x2.f32"
+    X4 = N // 8 * FRAG // 4                   # stores of four 8x8 results
+    X2 = N // 8 * FRAG % 4 // 2
+    X1 = N // 8 * FRAG % 2
+    st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
+    ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
+
+    # fmt: off
+    @T.prim_func
+    def kernel(x_p: T.handle(DT), order_p: T.handle("int32"), tiles_p: T.handle("int32"), count_p: T.handle("int32"), w_p: T.handle(DT), bias_p: T.handle("float32"), out_p: T.handle(DT), tokens: T.int64, threads: T.int64):
+        T.func_attr({"global_symbol": symbol})
+        NT: T.let[T.int32] = T.Cast("int32", tokens)
+        S: T.let[T.int32] = NT * TOPK
+        X = T.decl_buffer((NT if FIRST else S, K), DT, data=x_p)
+        ORDER = T.decl_buffer((S,), "int32", data=order_p)
+        TILES = T.decl_buffer((S * 4,), "int32", data=tiles_p)
+        COUNT = T.decl_buffer((4,), "int32", data=count_p)
+        BIASV = T.decl_buffer((E * WROWS,), "float32", data=bias_p)
+        OUT = T.decl_buffer((S, COLS), DT, data=out_p)
+        B_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        if not FIRST:
+            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, N, 1, 1, 0, 3, 3, 0)
+        A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        if PAIR:
+            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8, 2, COLS // 8, E, K * 2, COLS * K * 2, 8 * K * 2, 2 * COLS * K * 2, BK, 8, 2, 8, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+        else:
+            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 3, w_p, K, COLS, E, K * 2, COLS * K * 2, BK, BM, 1, 1, 1, 1, 0, 3, 3, 0)
+
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
+        bx = T.cta_id([sms])
+        tid = T.thread_id([THREADS])
+        wid: T.int32 = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), tid // 32, 0, 32)
+        lane = T.meta_var(tid % 32)
+        pool = T.SMEMPool()
+        As = pool.alloc((ST, D, BM, BK), DT, align=1024)
+        Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
+        Ds = pool.alloc((2, N, PITCH), DT, align=16)
+        full = pool.alloc((ST,), "uint64", align=8)
+        empty = pool.alloc((ST,), "uint64", align=8)
+        pool.commit()
+
+        if tid == 256:
+            for i in T.unroll(ST):
+                T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(FULL))
+                T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(8))
+            T.ptx.fence.mbarrier_init.release.cluster()
+        T.cuda.cta_sync()
+        T.ptx.griddepcontrol.launch_dependents()
+        T.ptx.griddepcontrol.wait()
+
+        stage: T.int32 = 0
+        phase: T.int32 = 0
+        tile: T.int32 = bx
+        total: T.int32 = fresh(COUNT, 0) * NB
+        e: T.int32
+        row0: T.int32
+        rows: T.int32
+        n: T.int32
+
+        @T.inline
+        def wait(bar, parity):
+            T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
+
+        @T.inline
+        def locate():
+            m: T.int32 = tile // NB
+            n = tile - m * NB
+            e = fresh(TILES, m * 4)
+            row0 = fresh(TILES, m * 4 + 1)
+            rows = fresh(TILES, m * 4 + 2)
+
+        @T.inline
+        def advance():
+            stage += 1
+            if stage == ST:
+                stage = 0
+                phase = phase ^ 1
+
+        @T.inline
+        def weights(k):
+            for d in T.unroll(D):
+                if PAIR:
+                    T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * 8, e, full.ptr_to([stage]))
+                else:
+                    T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
+
+        if wid >= 8:
+            if FIRST:
+                pt = T.meta_var(tid - 256)
+                src = T.alloc_local((TURNS,), "int64")
+                pst: T.int32 = 0
+                behind: T.int32 = 0
+                while tile < total:
+                    locate()
+                    for p in T.unroll(TURNS):
+                        r8: T.int32 = T.min((p * 128 + pt) // 8 % N, rows - 1)
+                        src[p] = T.Cast("int64", fresh(ORDER, row0 + r8) // TOPK) * K + (pt % 8) * 8
+                    for k in T.serial(KB):
+                        wait(empty.ptr_to([stage]), phase ^ 1)
+                        if pt == 0:
+                            T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
+                            weights(k)
+                        for p in T.unroll(TURNS):
+                            piece = T.meta_var(p * 128 + pt)
+                            row = T.meta_var(piece // 8 % N)
+                            d = T.meta_var(piece // (8 * N))
+                            # rows past the tile's are not loaded: what they hold reaches no valid result
+                            if piece < PIECES and row < rows:
+                                if K % (BK * D) == 0:
+                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([0, src[p] + (k * D + d) * BK]), 16)
+                                else:
+                                    inside: T.int32 = T.if_then_else((k * D + d) * BK + (pt % 8) * 8 < K, 16, 0)
+                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([0, src[p] + T.if_then_else(inside == 16, (k * D + d) * BK, 0)]), 16, inside)
+                        T.ptx.cp.async_.commit_group()
+                        if behind == LAG:
+                            T.ptx.cp.async_.wait_group(LAG)
+                            T.ptx.fence.proxy.async_.shared__cta()
+                            T.cuda.warp_sync()
+                            if lane == 0:
+                                T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([pst]), T.uint32(1))
+                            pst += 1
+                            if pst == ST:
+                                pst = 0
+                        else:
+                            behind += 1
+                        advance()
+                    tile += sms
+                T.ptx.cp.async_.wait_group(0)
+                T.ptx.fence.proxy.async_.shared__cta()
+                T.cuda.warp_sync()
+                while behind > 0:
+                    if lane == 0:
+                        T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([pst]), T.uint32(1))
+                    pst += 1
+                    if pst == ST:
+                        pst = 0
+                    behind -= 1
+            else:
+                if tid == 256:
+                    while tile < total:
+                        locate()
+                        for k in T.serial(KB):
+                            wait(empty.ptr_to([stage]), phase ^ 1)
+                            T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
+                            weights(k)
+                            for d in T.unroll(D):
+                                T.ptx[TMA2](Bs.ptr_to([stage, d, 0, 0]), T.address_of(B_map), (k * D + d) * BK, row0, full.ptr_to([stage]))
+                            advance()
+                        tile += sms
+        else:
+            acc = T.alloc_local((NACC,), "float32")
+            hw = T.alloc_local((N // 8 * FRAG,), "uint32")
+            v = T.alloc_local((4,), "uint32")
+            vv = T.alloc_local((2,), "float32")
+            bb = T.alloc_local((2,), "float32")
+            dA: T.uint64
+            dB: T.uint64
+            wgi: T.int32 = wid // 4
+            w4: T.int32 = wid % 4
+            wt = T.meta_var(tid % 128)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64, 0]), 1, 64, 3)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0, 0]), 1, 64, 3)
+            prev: T.int32 = 0
+
+            @T.inline
+            def release(s):
+                if lane == 0:
+                    T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
+
+            while tile < total:
+                locate()
+                for k in T.serial(KB):
+                    wait(full.ptr_to([stage]), phase)
+                    T.ptx.wgmma.fence.sync.aligned()
+                    for kk in T.unroll(D * BK // 16):
+                        T.ptx[mma](*[acc[i] for i in range(NACC)],
+                            dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + kk % 4 * 2),
+                            dB + T.Cast("uint64", stage * (BBYTES // 16) + kk // 4 * (N * BK * 2 // 16) + kk % 4 * 2),
+                            (k + kk) != 0, 1, 1, 0, 0)
+                    T.ptx.wgmma.commit_group.sync.aligned()
+                    if k > 0:
+                        T.ptx.wgmma.wait_group.sync.aligned(1)
+                        release(prev)
+                    prev = stage
+                    advance()
+                # bias of the rows that this lane holds: gate and up, or rows g and g + 8
+                if BIAS:
+                    out0: T.int32
+                    if PAIR:
+                        out0 = n * NOUT + (wgi * 4 + w4) * 8 + lane // 4
+                    else:
+                        out0 = n * NOUT + (wgi * 4 + w4) * 16 + lane // 4
+                    for i in T.unroll(2):
+                        bb[i] = T.float32(0)
+                    if out0 < COLS:
+                        bb[0] = BIASV[e * WROWS + out0]
+                        if PAIR:
+                            bb[1] = BIASV[e * WROWS + COLS + out0]
+                    if not PAIR:
+                        if out0 + 8 < COLS:
+                            bb[1] = BIASV[e * WROWS + out0 + 8]
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release(prev)
+                if BIAS:
+                    for b in T.unroll(N // 8):
+                        for i in T.unroll(4):
+                            acc[b * 4 + i] = acc[b * 4 + i] + bb[i // 2]
+                for b in T.unroll(N // 8):
+                    for f in T.unroll(FRAG):
+                        for i in T.unroll(2):
+                            if PAIR:
+                                vv[i] = T.cuda.func_call(ACT, acc[b * 4 + i], acc[b * 4 + 2 + i], source_code=ACT_SRC, return_type="float32")
+                            else:
+                                if FIRST:
+                                    vv[i] = T.cuda.func_call(ACT, acc[b * 4 + f * 2 + i], acc[b * 4 + f * 2 + i], source_code=ACT_SRC, return_type="float32")
+                                else:
+                                    vv[i] = acc[b * 4 + f * 2 + i]
+                        T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
+                # every thread of the warpgroup has read the previous tile's rows
+                T.cuda.warpgroup_sync(wgi + 1)
+                if PAIR:
+                    for s in T.unroll(X4):
+                        T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                    if X2 == 1:
+                        T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                    if X1 == 1:
+                        T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
+                else:
+                    for s in T.unroll(X4):
+                        T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                    if X2 == 1:
+                        T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                T.cuda.warpgroup_sync(wgi + 1)
+                for p in T.unroll(OTURNS):
+                    at = T.meta_var(p * 128 + wt)
+                    token = T.meta_var(at // OUTP)
+                    col = T.meta_var(n * NOUT + wgi * WOUT + at % OUTP * 8)
+                    if token < rows and col < COLS:
+                        to: T.int32 = row0 + token
+                        if not FIRST:
+                            to = fresh(ORDER, row0 + token)
+                        T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
+                        T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
+                tile += sms
+    # fmt: on
+    return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)
