@@ -24,6 +24,7 @@ TMA4 = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::by
 TMA5 = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 MAX_TOKENS, CHUNK = 8, 64
+SUMS = 4  # tiles that wait for the finishing warp of the first kernel at most
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class DecodeConfig:
 
     chunks: int = 8
     stages: int = 6
-    ahead: int = 4
+    ahead: int = 3
 
 
 def chunks_of(width: int) -> int:
@@ -65,7 +66,7 @@ def gate_up(
     SHORT = "bf16" if DT == "bfloat16" else "f16"
     KO, ST = config.chunks, config.stages
     NW, NCH = KO, H // CHUNK // KO
-    THREADS = NW * 32 + 32
+    THREADS = NW * 32 + 64                     # and a producer warp, and one that finishes tiles
     OUT = 8 if PAIR else 16                    # outputs of a tile
     HALVES = 2 if PAIR else 1
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
@@ -99,9 +100,11 @@ def gate_up(
         lane = T.meta_var(tid % 32)
         pool = T.SMEMPool()
         ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
-        red = pool.alloc((2, NW, 32, 4), "float32", align=16)
+        red = pool.alloc((SUMS, NW, 32, 4), "float32", align=16)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
+        summed = pool.alloc((SUMS,), "uint64", align=8)
+        taken = pool.alloc((SUMS,), "uint64", align=8)
         active = pool.alloc((NA,), "int32", align=4)
         ids = pool.alloc((NPC * 32,), "int32", align=4)
         wts = pool.alloc((NPC * 32,), "float32", align=4)
@@ -111,6 +114,9 @@ def gate_up(
             for i in T.unroll(ST):
                 T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(1))
                 T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(NW))
+            for i in T.unroll(SUMS):
+                T.ptx.mbarrier.init.shared.b64(summed.ptr_to([i]), T.uint32(NW))
+                T.ptx.mbarrier.init.shared.b64(taken.ptr_to([i]), T.uint32(1))
             T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
         T.ptx.griddepcontrol.wait()
@@ -166,6 +172,21 @@ def gate_up(
             i0 = p - slot * I
             here = T.min(T.min(OUT, end - p), I - i0)
 
+        g = T.meta_var(lane // 4)
+        q = T.meta_var(lane % 4)
+        s4 = T.alloc_local((4,), "float32")
+        t4 = T.alloc_local((4,), "float32")
+        slot4: T.int32 = 0
+        phase4: T.int32 = 0
+
+        # sums of a tile go to the finishing warp through a ring of their own
+        @T.inline
+        def next_sum():
+            slot4 += 1
+            if slot4 == SUMS:
+                slot4 = 0
+                phase4 = phase4 ^ 1
+
         if wid == NW:
             if lane == 0:
                 while p < end:
@@ -179,22 +200,60 @@ def gate_up(
                             T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, c * KO, active[slot], full.ptr_to([stage]))
                         advance()
                     p += here
+        elif wid == NW + 1:
+            while p < end:
+                locate()
+                wait(summed.ptr_to([slot4]), phase4)
+                e: T.int32 = active[slot]
+                for i in T.unroll(4):
+                    s4[i] = T.float32(0)
+                for w in T.unroll(NW):
+                    T.ptx["ld.shared.v4.f32"](t4[0], t4[1], t4[2], t4[3], red.ptr_to([slot4, w, lane, 0]))
+                    for i in T.unroll(4):
+                        s4[i] = s4[i] + t4[i]
+                T.cuda.warp_sync()
+                if lane == 0:
+                    T.ptx.mbarrier.arrive.shared.b64(taken.ptr_to([slot4]), T.uint32(1))
+                if BIAS:
+                    for i in T.unroll(2):
+                        if PAIR:
+                            if i0 + g < I:
+                                s4[i * 2] = s4[i * 2] + BIASV[e * WROWS + i * I + i0 + g]
+                                s4[i * 2 + 1] = s4[i * 2 + 1] + BIASV[e * WROWS + i * I + i0 + g]
+                        else:
+                            if i0 + g + i * 8 < I:
+                                s4[i * 2] = s4[i * 2] + BIASV[e * WROWS + i0 + g + i * 8]
+                                s4[i * 2 + 1] = s4[i * 2 + 1] + BIASV[e * WROWS + i0 + g + i * 8]
+                for t in T.unroll(2):
+                    if q * 2 + t < NT:
+                        weight: T.float32 = T.float32(0)
+                        at: T.int32 = -1
+                        for k in T.unroll(K):
+                            if ids[(q * 2 + t) * K + k] == e:
+                                weight = weight + wts[(q * 2 + t) * K + k]
+                                at = (q * 2 + t) * K + k
+                        if at >= 0:
+                            for o in T.unroll(1 if PAIR else 2):
+                                if g + o * 8 < here:
+                                    col: T.int32 = i0 + g + o * 8
+                                    value: T.float32 = T.float32(0)
+                                    if PAIR:
+                                        value = T.cuda.func_call(ACT, s4[t], s4[2 + t], source_code=ACT_SRC, return_type="float32")
+                                    else:
+                                        value = T.cuda.func_call(ACT, s4[o * 2 + t], s4[o * 2 + t], source_code=ACT_SRC, return_type="float32")
+                                    HOUT[at, col // 32 * 32 + col % 8 // 2 * 8 + col % 32 // 8 * 2 + col % 2] = T.Cast(DT, weight * value)
+                next_sum()
+                p += here
         else:
-            g = T.meta_var(lane // 4)
-            q = T.meta_var(lane % 4)
             xf = T.alloc_local((NCH * 8,), "uint32")
             a = T.alloc_local((4,), "uint32")
             acc = T.alloc_local((8,), "float32")
-            s4 = T.alloc_local((4,), "float32")
-            t4 = T.alloc_local((4,), "float32")
             for i in T.unroll(NCH * 8):
                 xf[i] = T.uint32(0)
             if g < NT:
                 for c in T.unroll(NCH):
                     for i in T.unroll(8):
                         T.ptx["ld.global.cg.u32"](xf[c * 8 + i], X.ptr_to([g, (c * KO + wid) * CHUNK + i * 8 + q * 2]))
-            parity: T.int32 = 0
-            turn: T.int32 = 0
             while p < end:
                 locate()
                 for i in T.unroll(8):
@@ -209,49 +268,12 @@ def gate_up(
                     if lane == 0:
                         T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
                     advance()
-                T.ptx["st.shared.v4.f32"](red.ptr_to([parity, wid, lane, 0]), acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7])
-                T.ptx.bar.sync(T.uint32(1), T.uint32(NW * 32))
-                # one warp after the other finishes a tile; two buffers keep the others going
-                if wid == turn:
-                    e: T.int32 = active[slot]
-                    for i in T.unroll(4):
-                        s4[i] = T.float32(0)
-                    for w in T.unroll(NW):
-                        T.ptx["ld.shared.v4.f32"](t4[0], t4[1], t4[2], t4[3], red.ptr_to([parity, w, lane, 0]))
-                        for i in T.unroll(4):
-                            s4[i] = s4[i] + t4[i]
-                    if BIAS:
-                        for i in T.unroll(2):
-                            if PAIR:
-                                if i0 + g < I:
-                                    s4[i * 2] = s4[i * 2] + BIASV[e * WROWS + i * I + i0 + g]
-                                    s4[i * 2 + 1] = s4[i * 2 + 1] + BIASV[e * WROWS + i * I + i0 + g]
-                            else:
-                                if i0 + g + i * 8 < I:
-                                    s4[i * 2] = s4[i * 2] + BIASV[e * WROWS + i0 + g + i * 8]
-                                    s4[i * 2 + 1] = s4[i * 2 + 1] + BIASV[e * WROWS + i0 + g + i * 8]
-                    for t in T.unroll(2):
-                        if q * 2 + t < NT:
-                            weight: T.float32 = T.float32(0)
-                            at: T.int32 = -1
-                            for k in T.unroll(K):
-                                if ids[(q * 2 + t) * K + k] == e:
-                                    weight = weight + wts[(q * 2 + t) * K + k]
-                                    at = (q * 2 + t) * K + k
-                            if at >= 0:
-                                for o in T.unroll(1 if PAIR else 2):
-                                    if g + o * 8 < here:
-                                        col: T.int32 = i0 + g + o * 8
-                                        value: T.float32 = T.float32(0)
-                                        if PAIR:
-                                            value = T.cuda.func_call(ACT, s4[t], s4[2 + t], source_code=ACT_SRC, return_type="float32")
-                                        else:
-                                            value = T.cuda.func_call(ACT, s4[o * 2 + t], s4[o * 2 + t], source_code=ACT_SRC, return_type="float32")
-                                        HOUT[at, col // 32 * 32 + col % 8 // 2 * 8 + col % 32 // 8 * 2 + col % 2] = T.Cast(DT, weight * value)
-                parity = parity ^ 1
-                turn += 1
-                if turn == NW:
-                    turn = 0
+                wait(taken.ptr_to([slot4]), phase4 ^ 1)
+                T.ptx["st.shared.v4.f32"](red.ptr_to([slot4, wid, lane, 0]), acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7])
+                T.cuda.warp_sync()
+                if lane == 0:
+                    T.ptx.mbarrier.arrive.shared.b64(summed.ptr_to([slot4]), T.uint32(1))
+                next_sum()
                 p += here
     # fmt: on
     args = (
@@ -388,6 +410,7 @@ def down(
             s4 = T.alloc_local((4,), "float32")
             t4 = T.alloc_local((4,), "float32")
             b = T.alloc_local((GP * 8,), "uint32")
+            nb = T.alloc_local((GP * 8,), "uint32")
             own = T.alloc_local((K,), "int32")
             for i in T.unroll(NCT * 8):
                 acc[i] = T.float32(0)
@@ -399,20 +422,29 @@ def down(
             T.ptx.griddepcontrol.wait()
             it: T.int32 = 0
             last: T.int32 = count * NCH
-            while it < last:
+
+            # activations of the next boxes are loaded while these ones are multiplied
+            @T.inline
+            def ahead(begin):
                 for u in T.unroll(GP):
                     for i in T.unroll(8):
-                        b[u * 8 + i] = T.uint32(0)
-                    if it + u < last:
-                        j2: T.int32 = (it + u) // NCH
+                        nb[u * 8 + i] = T.uint32(0)
+                    if begin + u < last:
+                        j2: T.int32 = (begin + u) // NCH
                         at: T.int32 = -1
                         for k in T.unroll(K):
                             if own[k] == active[j2]:
                                 at = g * K + k
                         if at >= 0:
-                            place = T.meta_var((((it + u) - j2 * NCH) * KO + wid) * CHUNK + q * 8)
-                            T.ptx["ld.global.cg.v4.u32"](b[u * 8], b[u * 8 + 1], b[u * 8 + 2], b[u * 8 + 3], HIN.ptr_to([at, place]))
-                            T.ptx["ld.global.cg.v4.u32"](b[u * 8 + 4], b[u * 8 + 5], b[u * 8 + 6], b[u * 8 + 7], HIN.ptr_to([at, place + 32]))
+                            place = T.meta_var((((begin + u) - j2 * NCH) * KO + wid) * CHUNK + q * 8)
+                            T.ptx["ld.global.cg.v4.u32"](nb[u * 8], nb[u * 8 + 1], nb[u * 8 + 2], nb[u * 8 + 3], HIN.ptr_to([at, place]))
+                            T.ptx["ld.global.cg.v4.u32"](nb[u * 8 + 4], nb[u * 8 + 5], nb[u * 8 + 6], nb[u * 8 + 7], HIN.ptr_to([at, place + 32]))
+
+            ahead(it)
+            while it < last:
+                for i in T.unroll(GP * 8):
+                    b[i] = nb[i]
+                ahead(it + GP)
                 for u in T.unroll(GP):
                     if it + u < last:
                         for ct in T.unroll(NCT):

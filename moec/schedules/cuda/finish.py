@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from ..buffers import Buf, Kernel, PerToken
-from .intrinsics import fresh, load8, store8
+from .intrinsics import fresh, load8, store8, unpack8
 
 THREADS = 128
 
@@ -44,6 +44,7 @@ def finish(symbol: str, spec: Finish) -> Kernel:
     WEIGHTED, SHARED, GATE = spec.weighted, spec.shared, spec.gate
     RESIDUAL, SCALE, RES_DT = spec.residual is not None, spec.scale, spec.residual or DT
     COLS = H // 8
+    WORDS = 8 if DT == "float32" else 4        # of 8 columns of a row
 
     # fmt: off
     @T.prim_func
@@ -58,6 +59,7 @@ def finish(symbol: str, spec: Finish) -> Kernel:
         RES = T.decl_buffer((NT, H), RES_DT, data=res_p)
         Y = T.decl_buffer((NT, H), OUT_DT, data=y_p)
         T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 6})
         bx = T.cta_id([(NT * COLS + THREADS - 1) // THREADS])
         tid = T.thread_id([THREADS])
         T.ptx.griddepcontrol.launch_dependents()
@@ -67,33 +69,40 @@ def finish(symbol: str, spec: Finish) -> Kernel:
         c: T.int32 = (at - t * COLS) * 8
         total = T.alloc_local((8,), "float32")
         value = T.alloc_local((8,), "float32")
+        raw = T.alloc_local((K * WORDS,), "uint32")
         if t < NT:
             for i in T.unroll(8):
                 total[i] = T.float32(0)
+            # all loads first: they are in flight together, whatever the ids are
+            for k in T.unroll(K):
+                for j in T.unroll(WORDS // 4):
+                    r = T.meta_var(k * WORDS + j * 4)
+                    T.ptx["ld.global.cg.v4.u32"](raw[r], raw[r + 1], raw[r + 2], raw[r + 3], ROWS.ptr_to([t * K + k, c + j * 4]))
             for k in T.unroll(K):
                 e: T.int32 = fresh(IDS, t * K + k)
-                if e >= 0 and e < E:
-                    load8(value, ROWS.ptr_to([t * K + k, c]))
-                    w: T.float32 = T.float32(1)
-                    if WEIGHTED:
-                        w = fresh(W, t * K + k, "float32")
-                    for i in T.unroll(8):
-                        total[i] = total[i] + w * value[i]
+                w: T.float32 = T.float32(1)
+                if WEIGHTED:
+                    w = fresh(W, t * K + k, "float32")
+                unpack8(value.ptr_to([0]), raw.ptr_to([k * WORDS]), DT)
+                # selected, not branched over: a branch would hold the loads back. Rows of
+                # absent experts were never written and may hold anything.
+                for i in T.unroll(8):
+                    total[i] = total[i] + T.Select(e >= 0 and e < E, w * value[i], T.float32(0))
             if SCALE != 1.0:
                 for i in T.unroll(8):
                     total[i] = total[i] * T.float32(SCALE)
             if SHARED:
-                load8(value, SH.ptr_to([t, c]))
+                load8(value.ptr_to([0]), SH.ptr_to([t, c]))
                 s: T.float32 = T.float32(1)
                 if GATE:
                     s = T.float32(1) / (T.float32(1) + T.exp(-fresh(G, t, "float32")))
                 for i in T.unroll(8):
                     total[i] = total[i] + s * value[i]
             if RESIDUAL:
-                load8(value, RES.ptr_to([t, c]))
+                load8(value.ptr_to([0]), RES.ptr_to([t, c]))
                 for i in T.unroll(8):
                     total[i] = total[i] + value[i]
-            store8(Y.ptr_to([t, c]), total)
+            store8(Y.ptr_to([t, c]), total.ptr_to([0]))
     # fmt: on
     rows = PerToken(K)
     args = (

@@ -23,11 +23,28 @@ __forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
 }
 """
 
-MATCH_ANY = r"""
-__forceinline__ __device__ unsigned moec_match(int value) {
-  return __match_any_sync(0xffffffffu, value);
-}
+
+
+def match(bits: int) -> tuple[str, str]:
+    """(name, source): the lanes of the warp that hold the same value of so many bits.
+
+    One ballot a bit: __match_any_sync takes a step for every distinct value, about 1 us for 32.
+    """
+    name = f"moec_match{bits}"
+    source = f"""
+__forceinline__ __device__ unsigned {name}(int value) {{
+  unsigned same = 0xffffffffu;
+#pragma unroll
+  for (int bit = 0; bit < {bits}; ++bit) {{
+    bool one = (value >> bit) & 1;
+    unsigned ones = __ballot_sync(0xffffffffu, one);
+    same &= one ? ones : ~ones;
+  }}
+  return same;
+}}
 """
+    return name, source
+
 
 LOAD_CG = r"""
 #ifndef MOEC_LOAD_CG
@@ -102,6 +119,24 @@ __forceinline__ __device__ void moec_load8(float* out, const float* place) {
   out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
   out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
+__forceinline__ __device__ void moec_unpack8_bfloat16(float* out, const unsigned* raw) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(raw[i] << 16);
+    out[2 * i + 1] = __uint_as_float(raw[i] & 0xffff0000u);
+  }
+}
+__forceinline__ __device__ void moec_unpack8_float16(float* out, const unsigned* raw) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 two = __half22float2(*(const __half2*)&raw[i]);
+    out[2 * i] = two.x, out[2 * i + 1] = two.y;
+  }
+}
+__forceinline__ __device__ void moec_unpack8_float32(float* out, const unsigned* raw) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = __uint_as_float(raw[i]);
+}
 __forceinline__ __device__ void moec_store8(__nv_bfloat16* place, const float* in) {
   __nv_bfloat162 pair[4];
 #pragma unroll
@@ -123,13 +158,18 @@ __forceinline__ __device__ void moec_store8(float* place, const float* in) {
 
 
 def load8(values: Any, place: Any) -> Any:
-    """Read 8 values at pointer `place` (f32, bf16, f16; 16-byte aligned) into f32 locals."""
-    return T.cuda.func_call("moec_load8", values.ptr_to([0]), place, source_code=UNPACK)
+    """Read 8 values at pointer `place` (f32, bf16, f16; 16-byte aligned) into the f32 locals at `values`."""
+    return T.cuda.func_call("moec_load8", values, place, source_code=UNPACK)
+
+
+def unpack8(values: Any, raw: Any, dtype: str) -> Any:
+    """8 values of `dtype` in the 32-bit words at `raw` to the f32 locals at `values`."""
+    return T.cuda.func_call(f"moec_unpack8_{dtype}", values, raw, source_code=UNPACK)
 
 
 def store8(place: Any, values: Any) -> Any:
-    """Round 8 f32 locals to the type that `place` points to and store them (16-byte aligned)."""
-    return T.cuda.func_call("moec_store8", place, values.ptr_to([0]), source_code=UNPACK)
+    """Round the 8 f32 locals at `values` to the type that `place` points to and store them (16-byte aligned)."""
+    return T.cuda.func_call("moec_store8", place, values, source_code=UNPACK)
 
 
 SHARED_ADD = r"""

@@ -65,6 +65,7 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
     NOUT = BN // HALVES                       # output columns of a tile
     NB = -(-COLS // NOUT)
     KB = -(-K // BK)
+    LOOK = min(3, KB - 1)                     # K block at which the next tile's rows are looked up
     NACC = BN // 2
     CHUNKS = -(-NOUT // 64)
     ABYTES, BBYTES = BM * BK * 2, BN * BK * 2
@@ -128,22 +129,35 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
         row0: T.int32
         rows: T.int32
         n: T.int32
+        next_e: T.int32
+        next_row0: T.int32
+        next_rows: T.int32
+        next_n: T.int32
 
         @T.inline
         def wait(bar, parity):
             T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
-        # tile -> (M tile, N block): M fastest inside groups of GM tiles
+        # tile -> (M tile, N block): M fastest inside groups of GM tiles. The next tile is looked
+        # up while the current one is computed.
+        @T.inline
+        def look(which):
+            if which < total:
+                g: T.int32 = which // (GM * NB)
+                gm: T.int32 = T.min(mb - g * GM, GM)
+                r: T.int32 = which - g * (GM * NB)
+                m: T.int32 = g * GM + r % gm
+                next_n = r // gm
+                next_e = fresh(TILES, m * 4)
+                next_row0 = fresh(TILES, m * 4 + 1)
+                next_rows = fresh(TILES, m * 4 + 2)
+
         @T.inline
         def locate():
-            g: T.int32 = tile // (GM * NB)
-            gm: T.int32 = T.min(mb - g * GM, GM)
-            r: T.int32 = tile - g * (GM * NB)
-            m: T.int32 = g * GM + r % gm
-            n = r // gm
-            e = fresh(TILES, m * 4)
-            row0 = fresh(TILES, m * 4 + 1)
-            rows = fresh(TILES, m * 4 + 2)
+            n = next_n
+            e = next_e
+            row0 = next_row0
+            rows = next_rows
 
         @T.inline
         def advance():
@@ -153,18 +167,30 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                 phase = phase ^ 1
 
         if wid >= 8:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](56 if FIRST else 40)
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](72 if FIRST else 40)
             if FIRST:
                 pt = T.meta_var(tid - 256)
                 src = T.alloc_local((8,), "int64")
+                next_src = T.alloc_local((8,), "int32")
                 pst: T.int32 = 0
                 behind: T.int32 = 0
+
+                @T.inline
+                def sources():
+                    for p in T.unroll(8):
+                        next_src[p] = fresh(ORDER, next_row0 + T.min(p * 16 + pt // 8, next_rows - 1))
+
+                look(tile)
+                if tile < total:
+                    sources()
                 while tile < total:
                     locate()
                     for p in T.unroll(8):
-                        r8: T.int32 = T.min(p * 16 + pt // 8, rows - 1)
-                        src[p] = T.Cast("int64", fresh(ORDER, row0 + r8) // TOPK) * K + (pt % 8) * 8
+                        src[p] = T.Cast("int64", next_src[p] // TOPK) * K + (pt % 8) * 8
+                    look(tile + sms)
                     for k in T.serial(KB):
+                        if k == LOOK and tile + sms < total:
+                            sources()
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         if pt == 0:
                             T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
@@ -206,8 +232,10 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                     behind -= 1
             else:
                 if tid == 256:
+                    look(tile)
                     while tile < total:
                         locate()
+                        look(tile + sms)
                         for k in T.serial(KB):
                             wait(empty.ptr_to([stage]), phase ^ 1)
                             T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
@@ -216,7 +244,7 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                             advance()
                         tile += sms
         else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](224)
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](216 if FIRST else 232)
             acc = T.alloc_local((NACC,), "float32")
             hw = T.alloc_local((4,), "uint32")
             vv = T.alloc_local((8,), "float32")
@@ -233,9 +261,11 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                 if lane == 0:
                     T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
 
+            look(tile)
             while tile < total:
                 locate()
                 if wgi * 64 >= rows:
+                    look(tile + sms)
                     for k in T.serial(KB):
                         wait(full.ptr_to([stage]), phase)
                         release(stage)
@@ -255,15 +285,17 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                             release(prev)
                         prev = stage
                         advance()
-                    # where the rows that this lane stores belong: rows lane//8, +4, +8, +12 of the warp's 16
-                    for p in T.unroll(4):
-                        r4: T.int32 = wid * 16 + p * 4 + lane // 8
-                        dst[p] = -1
-                        if r4 < rows:
-                            if FIRST:
-                                dst[p] = row0 + r4
-                            else:
-                                dst[p] = fresh(ORDER, row0 + r4)
+                        if k == 0:
+                            look(tile + sms)
+                            # where the rows that this lane stores belong: lane//8, +4, +8, +12 of the warp's 16
+                            for p in T.unroll(4):
+                                r4: T.int32 = wid * 16 + p * 4 + lane // 8
+                                dst[p] = -1
+                                if r4 < rows:
+                                    if FIRST:
+                                        dst[p] = row0 + r4
+                                    else:
+                                        dst[p] = fresh(ORDER, row0 + r4)
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     release(prev)
                     for c in T.unroll(CHUNKS):

@@ -10,11 +10,11 @@ Pairs of one expert keep their order, so the result is the same on every run. Id
 from tvm.script import tirx as T
 
 from ..buffers import Buf, Kernel, PerToken
-from .intrinsics import MATCH_ANY, SHARED_ADD
+from .intrinsics import SHARED_ADD, fresh, match
 
 WARPS = 32
 THREADS = WARPS * 32
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 2048
 MAX_EXPERTS = THREADS - 1
 TILE_WORDS = 4
 
@@ -43,6 +43,7 @@ def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) ->
     E, K, BM, MULTI = experts, top_k, tile_rows, blocks
     N = E + 1
     CHUNKS = -(-N // 32)
+    MATCH, MATCH_SRC = match((E + 1).bit_length())
     ROWS = BLOCK_ROWS
 
     # fmt: off
@@ -90,18 +91,18 @@ def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) ->
         @T.inline
         def look(i):
             at = begin + wid * span + i * 32 + lane
-            e = -1                                   # rows past the end match each other only
+            e = E + 1                                # rows past the end match each other only
             if at < end:
-                e = IDS[at]
+                e = fresh(IDS, at)
                 if e < 0 or e >= E:
                     e = E
-            mask = T.cuda.func_call("moec_match", e, source_code=MATCH_ANY, return_type="uint32")
+            mask = T.cuda.func_call(MATCH, e, source_code=MATCH_SRC, return_type="uint32")
             rank = T.Cast("int32", T.popcount(mask & (T.shift_left(T.uint32(1), T.Cast("uint32", lane)) - T.uint32(1))))
             first = 0
-            if e >= 0:
+            if e <= E:
                 first = cursor[wid, e]
             T.cuda.warp_sync()
-            if e >= 0 and rank == 0:
+            if e <= E and rank == 0:
                 cursor[wid, e] = first + T.Cast("int32", T.popcount(mask))
             T.cuda.warp_sync()
 
@@ -109,19 +110,26 @@ def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) ->
             look(i)
         T.cuda.cta_sync()
         # cursors of a warp start behind those of the warps before it
+        held = T.alloc_local((WARPS,), "int32")
         mine: T.int32 = 0                            # rows of expert `tid`
         ahead: T.int32 = 0                           # of which in blocks before this one
         if tid < N:
             if MULTI:
-                for b in T.serial(NB):
-                    if b == bx:
-                        ahead = mine
-                    mine += COUNTS[b * N + tid]
+                for b8 in T.serial((NB + 7) // 8):
+                    for b in T.unroll(8):            # eight loads in flight
+                        held[b] = 0
+                        if b8 * 8 + b < NB:
+                            held[b] = fresh(COUNTS, (b8 * 8 + b) * N + tid)
+                    for b in T.unroll(8):
+                        if b8 * 8 + b == bx:
+                            ahead = mine
+                        mine += held[b]
             run: T.int32 = ahead
-            for w in T.serial(WARPS):
-                n: T.int32 = cursor[w, tid]
+            for w in T.unroll(WARPS):
+                held[w] = cursor[w, tid]
+            for w in T.unroll(WARPS):
                 cursor[w, tid] = run
-                run += n
+                run += held[w]
             if not MULTI:
                 mine = run
         # exclusive scans over experts: of rows, and of tiles
@@ -170,7 +178,7 @@ def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) ->
         T.cuda.cta_sync()
         for i in T.serial(span // 32):
             look(i)
-            if e >= 0:
+            if e <= E:
                 ORDER[scan[0, e] + first + rank] = at
     # fmt: on
     ids, *results = buffers(E, K)

@@ -20,30 +20,40 @@ from .shapes import Matmul
 
 _TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
-BM, BK, THREADS = 128, 64, 384
+BM, BK = 128, 64
+THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
+GATHER = 96
 SHARED_LIMIT = 227 * 1024
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """`rows` tokens a tile (8 to 128), `depth` K blocks of 64 a stage, ring `stages` (0: all).
+    """`rows` tokens a tile at most (8 to 256), `step` in which a tile's width follows its rows.
 
-    `lag` stages of gathered tokens are in flight before the oldest is handed over.
+    `depth` K blocks of 64 a stage, ring `stages` (0: all that fit); `lag` stages of gathered
+    tokens are in flight before the oldest is handed over.
     """
 
     rows: int = 16
+    step: int = 0
     depth: int = 1
     stages: int = 0
     lag: int = 4
 
-    def ring(self) -> int:
-        """Stages of the ring: what fits when `stages` is 0."""
-        room = SHARED_LIMIT - self.staging() - 1024
-        return self.stages or min(12, room // (self.depth * (BM + self.rows) * BK * 2 + 16))
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The N of wgmma for which code exists, ascending."""
+        return tuple(range(self.step or self.rows, self.rows + 1, self.step or self.rows))
 
-    def staging(self) -> int:
-        """Bytes of the transposing buffer of both warpgroups."""
-        return 2 * self.rows * 144
+    @property
+    def part(self) -> int:
+        """Tokens that the transposing buffer holds at a time."""
+        return min(self.rows, 64)
+
+    def ring(self) -> int:
+        """Stages of the ring."""
+        room = SHARED_LIMIT - 2 * self.part * 144 - 1024
+        return self.stages or min(12, room // (self.depth * (BM + self.rows) * BK * 2 + 16))
 
 
 def gate_up(
@@ -73,21 +83,26 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     PITCH = WOUT + 8                          # 16-bit words between tokens: free of conflicts
     NB = -(-COLS // NOUT)
     KB = -(-K // (BK * D))
+    EARLY = min(ST, KB)                       # stages whose weights are loaded before the wait
+    PART = config.part
+    PARTS = N // PART
+    WIDTHS = config.widths
+    NV = len(WIDTHS)
     NACC = N // 2
     ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
-    TX = ABYTES if FIRST else ABYTES + BBYTES
-    FULL = 5 if FIRST else 1
+    PBYTES = D * PART * BK * 2                # of one box of tokens
+    FULL = 1 + GATHER // 32 if FIRST else 1
     PIECES = N * 8 * D                        # 16-byte pieces of tokens a stage
-    TURNS = -(-PIECES // 128)
+    TURNS = -(-PIECES // GATHER)
     OUTP = WOUT // 8                          # 16-byte pieces of a token's result
-    OTURNS = -(-N * OUTP // 128)
+    OTURNS = -(-PART * OUTP // 128)
     WROWS = COLS * (2 if PAIR else 1)
     FRAG = 1 if PAIR else 2                   # 8x8 results of a warp per 8 tokens
-    mma = f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.{SHORT}.{SHORT}"
+    mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
-    X4 = N // 8 * FRAG // 4                   # stores of four 8x8 results
-    X2 = N // 8 * FRAG % 4 // 2
-    X1 = N // 8 * FRAG % 2
+    X4 = PART // 8 * FRAG // 4                   # stores of four 8x8 results
+    X2 = PART // 8 * FRAG % 4 // 2
+    X1 = PART // 8 * FRAG % 2
     st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
     ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
 
@@ -105,7 +120,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         OUT = T.decl_buffer((S, COLS), DT, data=out_p)
         B_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if not FIRST:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, N, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, PART, 1, 1, 0, 3, 3, 0)
         A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if PAIR:
             T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8, 2, COLS // 8, E, K * 2, COLS * K * 2, 8 * K * 2, 2 * COLS * K * 2, BK, 8, 2, 8, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
@@ -121,19 +136,22 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         pool = T.SMEMPool()
         As = pool.alloc((ST, D, BM, BK), DT, align=1024)
         Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
-        Ds = pool.alloc((2, N, PITCH), DT, align=16)
+        Ds = pool.alloc((2, PART, PITCH), DT, align=16)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
         pool.commit()
 
-        if tid == 256:
+        if tid == 352:
             for i in T.unroll(ST):
                 T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(FULL))
                 T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(8))
             T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
+        # The first matmul lets the second one start after its own wait: the sort is complete
+        # there, and weights may be loaded while the first still runs.
+        if FIRST:
+            T.ptx.griddepcontrol.wait()
         T.ptx.griddepcontrol.launch_dependents()
-        T.ptx.griddepcontrol.wait()
 
         stage: T.int32 = 0
         phase: T.int32 = 0
@@ -171,33 +189,79 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 else:
                     T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
 
-        if wid >= 8:
+        if wid == 11:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](104)
+            if lane == 0:
+                k0: T.int32 = 0
+                boxes: T.int32
+
+                @T.inline
+                def tokens_of(k):
+                    for d in T.unroll(D):
+                        for i in T.unroll(PARTS):
+                            if i < boxes:
+                                T.ptx[TMA2](Bs.ptr_to([stage, d, i * PART, 0]), T.address_of(B_map), (k * D + d) * BK, row0 + i * PART, full.ptr_to([stage]))
+
+                @T.inline
+                def expect():
+                    if FIRST:
+                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(ABYTES))
+                    else:
+                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.Cast("uint32", ABYTES + boxes * PBYTES))
+
+                if not FIRST:
+                    if tile < total:
+                        locate()
+                        boxes = (rows + PART - 1) // PART
+                        for k in T.serial(EARLY):
+                            expect()
+                            weights(k)
+                            advance()
+                    T.ptx.griddepcontrol.wait()
+                    if tile < total:
+                        stage = 0
+                        phase = 0
+                        for k in T.serial(EARLY):
+                            tokens_of(k)
+                            advance()
+                        k0 = EARLY
+                while tile < total:
+                    locate()
+                    boxes = (rows + PART - 1) // PART
+                    for k in T.serial(k0, KB):
+                        wait(empty.ptr_to([stage]), phase ^ 1)
+                        expect()
+                        weights(k)
+                        if not FIRST:
+                            tokens_of(k)
+                        advance()
+                    k0 = 0
+                    tile += sms
+        elif wid >= 8:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](104)
             if FIRST:
                 pt = T.meta_var(tid - 256)
-                src = T.alloc_local((TURNS,), "int64")
+                src = T.alloc_local((TURNS,), "int32")
                 pst: T.int32 = 0
                 behind: T.int32 = 0
                 while tile < total:
                     locate()
                     for p in T.unroll(TURNS):
-                        r8: T.int32 = T.min((p * 128 + pt) // 8 % N, rows - 1)
-                        src[p] = T.Cast("int64", fresh(ORDER, row0 + r8) // TOPK) * K + (pt % 8) * 8
+                        r8: T.int32 = T.min((p * GATHER + pt) // 8 % N, rows - 1)
+                        src[p] = fresh(ORDER, row0 + r8) // TOPK
                     for k in T.serial(KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
-                        if pt == 0:
-                            T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
-                            weights(k)
                         for p in T.unroll(TURNS):
-                            piece = T.meta_var(p * 128 + pt)
+                            piece = T.meta_var(p * GATHER + pt)
                             row = T.meta_var(piece // 8 % N)
                             d = T.meta_var(piece // (8 * N))
                             # rows past the tile's are not loaded: what they hold reaches no valid result
                             if piece < PIECES and row < rows:
                                 if K % (BK * D) == 0:
-                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([0, src[p] + (k * D + d) * BK]), 16)
+                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([T.Cast("int64", src[p]), (k * D + d) * BK + pt % 8 * 8]), 16)
                                 else:
                                     inside: T.int32 = T.if_then_else((k * D + d) * BK + (pt % 8) * 8 < K, 16, 0)
-                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([0, src[p] + T.if_then_else(inside == 16, (k * D + d) * BK, 0)]), 16, inside)
+                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([T.Cast("int64", src[p]), T.if_then_else(inside == 16, (k * D + d) * BK + pt % 8 * 8, 0)]), 16, inside)
                         T.ptx.cp.async_.commit_group()
                         if behind == LAG:
                             T.ptx.cp.async_.wait_group(LAG)
@@ -222,21 +286,10 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if pst == ST:
                         pst = 0
                     behind -= 1
-            else:
-                if tid == 256:
-                    while tile < total:
-                        locate()
-                        for k in T.serial(KB):
-                            wait(empty.ptr_to([stage]), phase ^ 1)
-                            T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
-                            weights(k)
-                            for d in T.unroll(D):
-                                T.ptx[TMA2](Bs.ptr_to([stage, d, 0, 0]), T.address_of(B_map), (k * D + d) * BK, row0, full.ptr_to([stage]))
-                            advance()
-                        tile += sms
         else:
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](200)
             acc = T.alloc_local((NACC,), "float32")
-            hw = T.alloc_local((N // 8 * FRAG,), "uint32")
+            hw = T.alloc_local((PART // 8 * FRAG,), "uint32")
             v = T.alloc_local((4,), "uint32")
             vv = T.alloc_local((2,), "float32")
             bb = T.alloc_local((2,), "float32")
@@ -254,13 +307,13 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 if lane == 0:
                     T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
 
-            while tile < total:
-                locate()
+            @T.inline
+            def multiply(width):
                 for k in T.serial(KB):
                     wait(full.ptr_to([stage]), phase)
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(D * BK // 16):
-                        T.ptx[mma](*[acc[i] for i in range(NACC)],
+                        T.ptx[mma.format(width)](*[acc[i] for i in range(width // 2)],
                             dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + kk % 4 * 2),
                             dB + T.Cast("uint64", stage * (BBYTES // 16) + kk // 4 * (N * BK * 2 // 16) + kk % 4 * 2),
                             (k + kk) != 0, 1, 1, 0, 0)
@@ -270,6 +323,38 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         release(prev)
                     prev = stage
                     advance()
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release(prev)
+
+            while tile < total:
+                locate()
+                if NV == 1:
+                    multiply(N)
+                else:
+                    pick: T.int32 = (rows - 1) // WIDTHS[0]
+                    if pick == 0:
+                        multiply(WIDTHS[0])
+                    if NV > 1:
+                        if pick == 1:
+                            multiply(WIDTHS[min(1, NV - 1)])
+                    if NV > 2:
+                        if pick == 2:
+                            multiply(WIDTHS[min(2, NV - 1)])
+                    if NV > 3:
+                        if pick == 3:
+                            multiply(WIDTHS[min(3, NV - 1)])
+                    if NV > 4:
+                        if pick == 4:
+                            multiply(WIDTHS[min(4, NV - 1)])
+                    if NV > 5:
+                        if pick == 5:
+                            multiply(WIDTHS[min(5, NV - 1)])
+                    if NV > 6:
+                        if pick == 6:
+                            multiply(WIDTHS[min(6, NV - 1)])
+                    if NV > 7:
+                        if pick == 7:
+                            multiply(WIDTHS[min(7, NV - 1)])
                 # bias of the rows that this lane holds: gate and up, or rows g and g + 8
                 if BIAS:
                     out0: T.int32
@@ -286,48 +371,49 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if not PAIR:
                         if out0 + 8 < COLS:
                             bb[1] = BIASV[e * WROWS + out0 + 8]
-                T.ptx.wgmma.wait_group.sync.aligned(0)
-                release(prev)
-                if BIAS:
-                    for b in T.unroll(N // 8):
-                        for i in T.unroll(4):
-                            acc[b * 4 + i] = acc[b * 4 + i] + bb[i // 2]
-                for b in T.unroll(N // 8):
-                    for f in T.unroll(FRAG):
-                        for i in T.unroll(2):
-                            if PAIR:
-                                vv[i] = T.cuda.func_call(ACT, acc[b * 4 + i], acc[b * 4 + 2 + i], source_code=ACT_SRC, return_type="float32")
-                            else:
-                                if FIRST:
-                                    vv[i] = T.cuda.func_call(ACT, acc[b * 4 + f * 2 + i], acc[b * 4 + f * 2 + i], source_code=ACT_SRC, return_type="float32")
-                                else:
-                                    vv[i] = acc[b * 4 + f * 2 + i]
-                        T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
-                # every thread of the warpgroup has read the previous tile's rows
-                T.cuda.warpgroup_sync(wgi + 1)
-                if PAIR:
-                    for s in T.unroll(X4):
-                        T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
-                    if X2 == 1:
-                        T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
-                    if X1 == 1:
-                        T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
-                else:
-                    for s in T.unroll(X4):
-                        T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
-                    if X2 == 1:
-                        T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
-                T.cuda.warpgroup_sync(wgi + 1)
-                for p in T.unroll(OTURNS):
-                    at = T.meta_var(p * 128 + wt)
-                    token = T.meta_var(at // OUTP)
-                    col = T.meta_var(n * NOUT + wgi * WOUT + at % OUTP * 8)
-                    if token < rows and col < COLS:
-                        to: T.int32 = row0 + token
-                        if not FIRST:
-                            to = fresh(ORDER, row0 + token)
-                        T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
-                        T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
+                for part in T.unroll(PARTS):
+                    if part == 0 or part * PART < rows:
+                        for b in T.unroll(PART // 8):
+                            for f in T.unroll(FRAG):
+                                for i in T.unroll(2):
+                                    a = T.meta_var(part * (PART // 2) + b * 4 + i)
+                                    if PAIR:
+                                        if BIAS:
+                                            vv[i] = T.cuda.func_call(ACT, acc[a] + bb[0], acc[a + 2] + bb[1], source_code=ACT_SRC, return_type="float32")
+                                        else:
+                                            vv[i] = T.cuda.func_call(ACT, acc[a], acc[a + 2], source_code=ACT_SRC, return_type="float32")
+                                    else:
+                                        vv[i] = acc[a + f * 2]
+                                        if BIAS:
+                                            vv[i] = vv[i] + bb[f]
+                                        if FIRST:
+                                            vv[i] = T.cuda.func_call(ACT, vv[i], vv[i], source_code=ACT_SRC, return_type="float32")
+                                T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
+                        # every thread of the warpgroup has read the rows that were there
+                        T.cuda.warpgroup_sync(wgi + 1)
+                        if PAIR:
+                            for s in T.unroll(X4):
+                                T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                            if X2 == 1:
+                                T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                            if X1 == 1:
+                                T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
+                        else:
+                            for s in T.unroll(X4):
+                                T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                            if X2 == 1:
+                                T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                        T.cuda.warpgroup_sync(wgi + 1)
+                        for p in T.unroll(OTURNS):
+                            at = T.meta_var(p * 128 + wt)
+                            token = T.meta_var(at // OUTP)
+                            col = T.meta_var(n * NOUT + wgi * WOUT + at % OUTP * 8)
+                            if token < PART and part * PART + token < rows and col < COLS:
+                                to: T.int32 = row0 + part * PART + token
+                                if not FIRST:
+                                    to = fresh(ORDER, row0 + part * PART + token)
+                                T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
+                                T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
                 tile += sms
     # fmt: on
     return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)

@@ -1,9 +1,9 @@
 """Compile the expert kernels of the benchmark shapes for sm_90a; needs no GPU.
 
-    python bench/cuda_build.py OUT [--shapes qwen3,mixtral] [--variants REGEX]
+    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--variants REGEX]
 
 OUT receives one library a shape and index.json: for every variant its entry symbol, token
-range and workspace. bench/cuda.py checks and times them on a GPU machine without TVM's Python.
+range and workspace. bench/gpu_experts.py checks and times them on a GPU machine without TVM's Python.
 """
 
 from __future__ import annotations
@@ -105,16 +105,20 @@ def variants(s: Shape) -> list[Variant]:
     C = decode.DecodeConfig
     one, two = decode.chunks_of(s.H), decode.chunks_of(s.I)
     out = []
-    kb1, kb2 = one * 2048, two * 2048  # bytes of a box
-    for budget1, budget2 in ((96, 96), (112, 80), (200, 200), (64, 128)):
-        st1, st2 = max(2, budget1 * 1024 // kb1), max(2, budget2 * 1024 // kb2)
-        out.append(decode_variant(s, f"dec_{budget1}_{budget2}", C(one, st1), C(two, st2)))
+    for budget1, budget2 in ((176, 200), (104, 100)):
+        for c1, c2 in ((one, two), (one * 2, two), (one // 2, two), (one, two // 2)):
+            if s.H // 64 % c1 or s.I // 64 % c2:
+                continue
+            st1, st2 = max(2, budget1 // (2 * c1)), max(2, budget2 // (2 * c2))
+            out.append(decode_variant(s, f"dec_{budget1}_{c1}_{c2}", C(c1, st1), C(c2, st2)))
     S = stream.StreamConfig
-    ranges = {8: (1, 64), 16: (1, 257), 32: (64, 513), 64: (256, 1025), 128: (512, 4097)}
-    for rows, (low, high) in ranges.items():
-        for depth in (1, 2):
-            cfg = S(rows, depth)
-            out.append(grouped_variant(s, f"str{rows}_{depth}", low, high, stream, cfg, cfg, rows, high > 600))
+    for rows, step, low, high in (
+        (8, 0, 1, 64), (16, 0, 1, 257), (32, 0, 64, 513), (64, 16, 128, 1025), (64, 0, 256, 1025),
+        (128, 32, 256, 4097), (256, 32, 512, 1 << 30), (256, 64, 1024, 1 << 30), (192, 32, 1024, 1 << 30),
+    ):  # fmt: skip
+        cfg = S(rows, step)
+        blocks = high > 257
+        out.append(grouped_variant(s, f"str{rows}_{step}", low, high, stream, cfg, cfg, rows, blocks))
     P = prefill.PrefillConfig
     for cols in (256, 192, 128):
         cfg = P(cols, {256: 4, 192: 5, 128: 6}[cols])
@@ -122,15 +126,19 @@ def variants(s: Shape) -> list[Variant]:
     return out
 
 
-def build(s: Shape, chosen: list[Variant], out: Path) -> dict[str, Any]:
+def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str, Any]:
     """Compile the variants of a shape into one library; returns its index entry."""
     x, y = Buf("x", (PerToken(), s.H), "bfloat16"), Buf("y", (PerToken(), s.H), "bfloat16")
     ids, wts = (Buf(n, (PerToken(), s.K), d) for n, d in (("topk_ids", "int32"), ("topk_weights", "float32")))
     first, second = _matmuls(s)
     index: dict[str, Any] = {"shape": [s.E, s.K, s.H, s.I], "library": out.name, "variants": {}}
-    functions = {}
-    dependent = []
-    for v in chosen:
+    functions: dict[str, Any] = {}
+    dependent: list[str] = []
+    parts = [
+        Variant(f"{v.name}_upto{i}", v.low, v.high, v.launches[:i], v.kernels)
+        for v in chosen if re.search(prefixes, v.name) for i in range(1, len(v.launches))
+    ]  # fmt: skip
+    for v in (*chosen, *parts):
         entry = build_host(
             f"moec_{v.name}", {"x": x, "topk_ids": ids, "topk_weights": wts},
             {"gate_up": first.weight, "down": second.weight}, {"y": y}, v.launches,
@@ -153,6 +161,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default="qwen3")
     parser.add_argument("--variants", default=".")
+    parser.add_argument("--prefixes", default="^$", help="regex: also the first 1, 2, ... launches")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "index.json"
@@ -161,7 +170,7 @@ def main() -> None:
         begin = time.time()
         shape = SHAPES[name]
         chosen = [v for v in variants(shape) if re.search(options.variants, v.name)]
-        index[name] = build(shape, chosen, options.out / f"{name}.so")
+        index[name] = build(shape, chosen, options.out / f"{name}.so", options.prefixes)
         spilled = [k for k, (_, spills) in index[name]["resources"].items() if spills]
         print(f"{name}: {len(chosen)} variants, {time.time() - begin:.1f} s, spills: {spilled}")
     path.write_text(json.dumps(index, indent=1))
