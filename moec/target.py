@@ -11,29 +11,30 @@ from dataclasses import dataclass
 from . import host
 from .errors import TargetError
 
-# Known CPUs: name -> (architecture, LLVM's -mcpu, instruction set of the kernels).
-# The instruction set names a value of schedules/cpu/isa.py.
+# Known CPUs: name -> (architecture, instruction set of the kernels, in schedules/cpu/isa.py).
 _X86, _ARM = "x86_64", "aarch64"
-CPUS: dict[str, tuple[str, str, str]] = {
-    "x86-64": (_X86, "x86-64", "sse2"),
-    "x86-64-v3": (_X86, "haswell", "avx2"),
-    "haswell": (_X86, "haswell", "avx2"),
-    "znver3": (_X86, "znver3", "avx2"),
-    "skylake-avx512": (_X86, "skylake-avx512", "avx512"),
-    "icelake-server": (_X86, "icelake-server", "avx512"),
-    "sapphirerapids": (_X86, "sapphirerapids", "avx512-bf16"),
-    "znver4": (_X86, "znver4", "avx512-bf16"),
-    "aarch64": (_ARM, "generic", "neon"),
-    "neoverse-n1": (_ARM, "neoverse-n1", "neon"),
-    "neoverse-v1": (_ARM, "neoverse-v1", "neon"),
-    "apple-m1": (_ARM, "apple-m1", "neon"),
+CPUS: dict[str, tuple[str, str]] = {
+    "x86-64": (_X86, "sse2"),
+    "x86-64-v3": (_X86, "avx2"),
+    "haswell": (_X86, "avx2"),
+    "znver3": (_X86, "avx2"),
+    "x86-64-v4": (_X86, "avx512"),
+    "skylake-avx512": (_X86, "avx512"),
+    "icelake-server": (_X86, "avx512"),
+    "sapphirerapids": (_X86, "avx512-bf16"),
+    "znver4": (_X86, "avx512-bf16"),
+    "aarch64": (_ARM, "neon"),
+    "neoverse-n1": (_ARM, "neon"),
+    "neoverse-v1": (_ARM, "neon"),
 }
 # What the host offers -> the target it gets, best first. Decided by CPU flags and not by the
 # CPU's name: virtual machines often hide the name, and mask features the name implies.
+_V3 = ("avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _HOST_X86 = (
-    (("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"), "znver4"),
-    (("avx512f", "avx512bw", "avx512dq", "avx512vl"), "skylake-avx512"),
-    (("avx2", "fma", "f16c", "bmi2"), "x86-64-v3"),
+    ((*_V4, "avx512_bf16"), "znver4"),
+    (_V4, "x86-64-v4"),
+    (_V3, "x86-64-v3"),
     ((), "x86-64"),
 )
 KINDS = ("cpu", "cuda", "metal")
@@ -47,12 +48,13 @@ class Target:
     kind: str
     os: str
     arch: str
-    mcpu: str
     isa: str
 
     @property
     def triple(self) -> str:
         """LLVM's target triple."""
+        if self.os == "macos":
+            return f"{'arm64' if self.arch == _ARM else self.arch}-apple-macosx13.0"
         return f"{self.arch}-unknown-linux-gnu"
 
     @property
@@ -83,7 +85,7 @@ def host_cpu() -> str:
     """The name in CPUS that fits this machine's instruction sets."""
     machine = host.host()
     if machine.arch == _ARM:
-        return "apple-m1" if machine.os == "macos" else "aarch64"
+        return "aarch64"
     return next(name for need, name in _HOST_X86 if machine.features.issuperset(need))
 
 
@@ -94,5 +96,7 @@ def _cpu(name: str, text: str) -> Target:
             need="one of " + ", ".join(sorted(CPUS)),
             hint="'cpu' alone compiles for this machine",
         )
-    arch, mcpu, isa = CPUS[name]
-    return Target(f"cpu-{name}", "cpu", "linux", arch, mcpu, isa)
+    arch, isa = CPUS[name]
+    here = host.host()
+    system = "macos" if (here.os, here.arch) == ("macos", arch) else "linux"
+    return Target(f"cpu-{name}", "cpu", system, arch, isa)

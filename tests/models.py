@@ -8,6 +8,7 @@ dtype. Sizes are tiny, variant "b" of every family has none that is a multiple o
 
 from __future__ import annotations
 
+import copy
 import pathlib
 from typing import Any
 
@@ -142,6 +143,17 @@ def _randomise(model: Any, hidden: int) -> None:
                 tensor.copy_(noise * (1.5 / hidden**0.5))
 
 
+def widened(model: Any) -> Any:
+    """The same model with the same weights, computing in float32.
+
+    `input_dtype` is what a weighted expert input is rounded to: that is part of the layer.
+    """
+    twin = copy.deepcopy(model).float()
+    twin.input_dtype = model.dtype
+    twin.config.dtype = torch.float32
+    return twin
+
+
 def moe_layers(model: Any) -> list[int]:
     """The numbers of the MoE layers."""
     layers = range(model.config.num_hidden_layers)
@@ -203,18 +215,21 @@ def reference_experts(model: Any, layer: int, x: Any, ids: Any, weights: Any) ->
     outside = (ids < 0) | (ids >= experts.num_experts)
     ids, weights = ids.masked_fill(outside, 0), weights.masked_fill(outside, 0.0)
     if hasattr(experts, "expert_dim"):
-        return _numpy(_weighted_inputs(experts, x, ids, weights))
+        rounded = getattr(model, "input_dtype", model.dtype)
+        return _numpy(_weighted_inputs(experts, x, ids, weights, rounded))
     return _numpy(experts(x, ids, weights))
 
 
-def _weighted_inputs(experts: Any, x: Any, ids: Any, weights: Any) -> torch.Tensor:
+def _weighted_inputs(
+    experts: Any, x: Any, ids: Any, weights: Any, rounded: torch.dtype
+) -> torch.Tensor:
     # llama4's module wants all experts on all tokens; this feeds every chosen pair to the
     # module through its own bmm by giving each expert its rows and zeros elsewhere.
     total = torch.zeros(x.shape, dtype=torch.float32)
     for slot in range(ids.shape[1]):
         fed = torch.zeros(experts.num_experts, *x.shape, dtype=x.dtype)
         rows = torch.arange(len(x))
-        fed[ids[:, slot], rows] = (x * weights[:, slot, None]).to(x.dtype)
+        fed[ids[:, slot], rows] = (x * weights[:, slot, None]).to(rounded).to(x.dtype)
         out = experts(fed.reshape(-1, x.shape[1])).reshape(fed.shape)
         total += out[ids[:, slot], rows].float()
     return total.to(x.dtype)

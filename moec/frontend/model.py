@@ -40,10 +40,15 @@ def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None 
     """
     with Checkpoint.open(path) as checkpoint:
         model = outline(checkpoint, family_file)
-        problems = find_problems(model, checkpoint)
-        if problems:
-            raise weights_error(problems, checkpoint)
+        check(model, checkpoint)
         return model
+
+
+def check(model: Model, checkpoint: Checkpoint) -> None:
+    """Raise BadWeights, with the first five problems, unless every block's weights fit."""
+    problems = find_problems(model, checkpoint)
+    if problems:
+        raise weights_error(problems, checkpoint)
 
 
 def outline(checkpoint: Checkpoint, family_file: str | pathlib.Path | None = None) -> Model:

@@ -1,21 +1,22 @@
-"""What a schedule is: a declared value that lowers the ops of a block for one kind of target.
+"""What a schedule and a backend are: declared values that lower a block for one kind of target.
 
-A schedule turns the op graph of a block into a `Program`: kernels, and for each function of
-the block the straight line of kernel calls that computes it. What follows (entry functions,
-code generation, artifact) is the same for all schedules.
+A schedule turns the op graph of a block into kernels, and for each function of the block the
+straight line of kernel calls that computes it. What follows (entry functions, artifact) is
+the same for all schedules and all targets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import tvm
 
 from ..errors import TargetError
 from ..spec import MoESpec
-from ..target import Target
+from ..target import KINDS, Target
+from .buffers import Kernel
+from .program import Lowering
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class TokenRange:
 class Schedule:
     """One way to lower a block on one kind of target.
 
-    `passes` are target-free rewrites, applied in order to the op graph. `lower(module, spec,
-    target, prefix)` legalizes what they leave and returns a Program. `tokens` is the range in
-    which the schedule is chosen by default; None = only when asked for by name. `supports`
+    `passes` are target-free rewrites, applied in order to the op graph. `config` is the frozen
+    value of tile sizes and options that the backend's legalization reads. `tokens` is the range
+    in which the schedule is chosen by default; None = only when asked for by name. `supports`
     returns None, or the reason why the schedule cannot compute a block.
     """
 
@@ -55,7 +56,7 @@ class Schedule:
     kind: str
     doc: str
     passes: tuple[Any, ...]
-    lower: Callable[[tvm.IRModule, MoESpec, Target, str], Any]
+    config: Any
     tokens: TokenRange | None
     deterministic: bool
     supports: Callable[[MoESpec, Target], str | None]
@@ -63,36 +64,80 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise TargetError(f"schedule name {self.name!r} is not an identifier")
-        if self.kind not in ("cpu", "cuda", "metal"):
+        if self.kind not in KINDS:
             raise TargetError(f"schedule {self.name!r} has an unknown target kind {self.kind!r}")
 
 
-def choose(
-    schedules: Mapping[str, Schedule], names: tuple[str, ...], spec: MoESpec, target: Target
-) -> list[Schedule]:
-    """The schedules to compile: those named, or all that have a token range and fit.
+@dataclass(frozen=True)
+class Backend:
+    """All that a kind of target brings to the compiler.
 
-    Raises TargetError when a named one is unknown or refuses the block: never replaced.
+    `open(spec, target, prefix)` starts the lowering of one block shape, whose symbols begin
+    with `prefix`; the schedules of the shape share it, and with it every kernel that they have
+    in common. `packing` says how every parameter is bound, and gives the kernels that pack.
+    `build` compiles functions into a library file, `requires` names what a machine needs to
+    run it (as the artifact's manifest writes it).
     """
-    if not names:
-        fitting = [s for s in schedules.values() if s.tokens and not s.supports(spec, target)]
-        if not fitting:
-            reasons = "; ".join(f"{s.name}: {s.supports(spec, target)}" for s in schedules.values())
-            raise TargetError(f"no schedule of {target.name} computes this block", need=reasons)
-        return fitting
-    chosen = []
-    for name in dict.fromkeys(names):
-        if name not in schedules:
-            raise TargetError(
-                f"target {target.name} has no schedule {name!r}",
-                need="one of " + ", ".join(schedules),
-                hint="'moec targets' lists the schedules of every target",
-            )
-        reason = schedules[name].supports(spec, target)
-        if reason:
-            raise TargetError(
-                f"schedule {name!r} refuses this block: {reason}",
-                hint="leave --schedule out to let moec choose",
-            )
-        chosen.append(schedules[name])
-    return chosen
+
+    kind: str
+    schedules: Mapping[str, Schedule]
+    open: Callable[[MoESpec, Target, str], Lowering]
+    packing: Callable[[MoESpec, Target, str], tuple[dict[str, Packed], dict[str, Kernel]]]
+    build: Callable[[Mapping[str, Any], Target, Path], None]
+    requires: Callable[[Target], dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for name, schedule in self.schedules.items():
+            if name != schedule.name or schedule.kind != self.kind:
+                raise TargetError(f"schedule {schedule.name!r} is not one of backend {self.kind}")
+
+
+def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Target) -> Chosen:
+    """The schedules to compile for a block, with the token range of each.
+
+    By default all that have a range and fit; otherwise those named. Raises TargetError when a
+    named one is unknown or refuses the block: it is never replaced.
+    """
+    schedules = backend.schedules
+    if names:
+        chosen = [_named(schedules, name, spec, target) for name in dict.fromkeys(names)]
+    else:
+        chosen = [s for s in schedules.values() if s.tokens and not s.supports(spec, target)]
+    if not chosen:
+        reasons = "; ".join(f"{s.name}: {s.supports(spec, target)}" for s in schedules.values())
+        raise TargetError(f"no schedule of {target.name} computes this block", need=reasons)
+    return _cover(chosen)
+
+
+Chosen = list[tuple[Schedule, "TokenRange | None"]]
+
+
+def _named(
+    schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: Target
+) -> Schedule:
+    if name not in schedules:
+        raise TargetError(
+            f"target {target.name} has no schedule {name!r}",
+            need="one of " + ", ".join(schedules),
+            hint="'moec targets' lists the schedules of every target",
+        )
+    reason = schedules[name].supports(spec, target)
+    if reason:
+        raise TargetError(
+            f"schedule {name!r} refuses this block: {reason}",
+            hint="leave --schedule out to let moec choose",
+        )
+    return schedules[name]
+
+
+def _cover(chosen: list[Schedule]) -> Chosen:
+    """Stretch the ranges so that every T has a schedule, whichever were chosen."""
+    ranged = sorted((s for s in chosen if s.tokens), key=lambda s: s.tokens.low if s.tokens else 0)
+    if not ranged:
+        ranged = chosen[:1]
+    lows = [0, *(s.tokens.low for s in ranged[1:] if s.tokens)]
+    spans = {
+        s.name: TokenRange(low, high)
+        for s, low, high in zip(ranged, lows, [*lows[1:], None], strict=True)
+    }
+    return [(s, spans.get(s.name)) for s in chosen]

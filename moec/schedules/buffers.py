@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm import tirx
 
@@ -44,4 +44,4 @@ class Kernel:
 
     symbol: str
     args: tuple[Buf, ...]
-    func: tirx.PrimFunc
+    func: tirx.PrimFunc = field(compare=False)  # the symbol is its identity

@@ -40,7 +40,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Call:
+class KernelCall:
     """One kernel call: where its operands come from; its results are keyed (number, index)."""
 
     number: int
@@ -49,19 +49,27 @@ class _Call:
 
     @property
     def results(self) -> Sequence[Buf]:
+        """The buffers that the kernel writes, scratch included."""
         return self.kernel.args[len(self.operands) :]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """A function as a straight line of kernel calls; `results` are keys of call results."""
+
+    calls: tuple[KernelCall, ...]
+    results: tuple[tuple[int, int], ...]
 
 
 def build_entry(
     symbol: str,
-    function: relax.Function,
-    kernels: Mapping[str, Kernel],
+    lines: Wiring,
     inputs: Mapping[str, Buf],
     parameters: Mapping[str, Buf],
     outputs: Mapping[str, Buf],
 ) -> Entry:
-    """Compile the straight line of kernel calls in `function` into a PrimFunc."""
-    calls, results = _schedule(function, kernels)
+    """Compile a straight line of kernel calls into a PrimFunc."""
+    calls, results = lines.calls, lines.results
     placed = dict(zip(results, outputs, strict=True))  # (call, index) -> output name
     arguments = {**inputs, **parameters, **outputs}
     fixed = per_token = 0
@@ -108,10 +116,8 @@ def build_entry(
     )
 
 
-def _schedule(
-    function: relax.Function, kernels: Mapping[str, Kernel]
-) -> tuple[list[_Call], list[tuple[int, int]]]:
-    """The kernel calls in order, and which results are the function's results."""
+def wiring(function: relax.Function, kernels: Mapping[str, Kernel]) -> Wiring:
+    """The kernel calls of a legalized function in order, and which results are its results."""
     bindings = [b for block in function.body.blocks for b in block.bindings]
     bound = {b.var: b.value for b in bindings}
     numbers: dict[Any, int] = {}
@@ -126,20 +132,20 @@ def _schedule(
         call, index = found
         return numbers[call], index
 
-    calls: list[_Call] = []
+    calls: list[KernelCall] = []
     for binding in bindings:
         value = binding.value
         if not isinstance(value, relax.Call):
             continue
         operands = tuple(key(arg) for arg in operands_of(value))
         numbers[value] = len(calls)
-        calls.append(_Call(len(calls), kernels[symbol_of(value)], operands))
+        calls.append(KernelCall(len(calls), kernels[symbol_of(value)], operands))
     result = function.body.body
     value = result
     while isinstance(value, relax.Var) and isinstance(bound.get(value), (relax.Var, relax.Tuple)):
         value = bound[value]
     fields = list(value.fields) if isinstance(value, relax.Tuple) else [value]
-    return calls, [key(field) for field in fields]
+    return Wiring(tuple(calls), tuple(key(field) for field in fields))
 
 
 def _shape(buf: Buf, tokens: Any) -> list[Any]:

@@ -1,40 +1,36 @@
-"""The result of lowering a block with one schedule: kernels, and who calls them in which order.
+"""Lowering: what a target's legalization functions write into, one for each block shape.
 
-`Lowering` is what a target's legalization functions write into: they add kernels and return
-`call_dps_packed` nodes that name them. A kernel's arguments are the call's operands followed
-by its results (scratch buffers are results that nobody reads).
+They add kernels and return `call_dps_packed` nodes that name them. A kernel's arguments are
+the call's operands followed by its results (scratch buffers are results that nobody reads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tvm
 from tvm import relax
 
-from .base import Packed
 from .buffers import Buf, Kernel, PerToken
 
-
-@dataclass
-class Program:
-    """Kernels by symbol, legalized functions, and how every parameter is bound."""
-
-    module: tvm.IRModule
-    kernels: dict[str, Kernel]
-    packed: dict[str, Packed]
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+Legalize = Callable[[relax.BlockBuilder, relax.Call], Any]
 
 
 class Lowering:
-    """Collects kernels while LegalizeOps runs, and knows what produced a value."""
+    """Collects kernels while LegalizeOps runs, and knows what produced a value.
+
+    A backend's own class adds `table`. Equal kernels of several functions and schedules are
+    built once: a kernel is known by its role and the static values that it was made from.
+    """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.kernels: dict[str, Kernel] = {}
         self._made: dict[tuple[Any, ...], str] = {}
+
+    def table(self, config: Any) -> Mapping[str, Legalize]:
+        """The legalize map of one schedule, by full op name; `config` is the schedule's."""
+        raise NotImplementedError
 
     def kernel(self, role: str, key: tuple[Any, ...], make: Callable[[str], Kernel]) -> Kernel:
         """The kernel of a role and its static parameters, built once and shared."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 class Isa:
     """One instruction set: vector width, register tile, and the special instructions used.
 
-    `features` are the CPU flags (names as in /proc/cpuinfo) without which the code would
-    die of an illegal instruction; the artifact requires them of the machine that loads it.
+    `mcpu` and `mattr` make LLVM emit this set and no more. `features` are the CPU flags (names
+    as in /proc/cpuinfo) without which the code would die of an illegal instruction; the
+    artifact requires them of the machine that loads it.
     """
 
     name: str
@@ -24,6 +25,8 @@ class Isa:
     rows: int
     fma: bool
     bf16_dot: bool
+    mcpu: str
+    mattr: tuple[str, ...]
     features: tuple[str, ...]
 
     @property
@@ -37,17 +40,20 @@ class Isa:
         return self.panel // 2
 
 
-_X86_V3 = ("avx2", "fma", "f16c", "bmi2")
-_X86_AVX512 = (*_X86_V3, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+# The x86-64-v3 and -v4 levels of the psABI, as far as Linux shows them as flags.
+_V3 = ("avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "popcnt")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 # 32 registers of 16 lanes: 6 x 4 accumulators + 4 weights + 1 broadcast.
-AVX512_BF16 = Isa("avx512-bf16", 16, 4, 6, True, True, (*_X86_AVX512, "avx512_bf16"))
-AVX512 = Isa("avx512", 16, 4, 6, True, False, _X86_AVX512)
+AVX512_BF16 = Isa(
+    "avx512-bf16", 16, 4, 6, True, True, "x86-64-v4", ("+avx512bf16",), (*_V4, "avx512_bf16")
+)
+AVX512 = Isa("avx512", 16, 4, 6, True, False, "x86-64-v4", (), _V4)
 # 16 registers of 8 lanes: 6 x 2 accumulators + 2 weights + 1 broadcast.
-AVX2 = Isa("avx2", 8, 2, 6, True, False, _X86_V3)
+AVX2 = Isa("avx2", 8, 2, 6, True, False, "x86-64-v3", (), _V3)
 # Baseline x86-64 has neither FMA nor 8 lanes: a tile that any compiler can place.
-SSE2 = Isa("sse2", 4, 2, 4, False, False, ("sse2",))
+SSE2 = Isa("sse2", 4, 2, 4, False, False, "x86-64", (), ("sse2",))
 # 32 registers of 4 lanes; fused multiply-add is part of the base architecture.
-NEON = Isa("neon", 4, 4, 6, True, False, ("asimd",))
+NEON = Isa("neon", 4, 4, 6, True, False, "generic", (), ("asimd",))
 
 ISAS = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, SSE2, NEON)}

@@ -1,8 +1,8 @@
 """One compiled CPU kernel: its symbol, its argument buffers and its PrimFunc.
 
-Every kernel has the same calling convention: the buffers in order, then `tokens` and
-`threads` as int64. `threads` is the number of chunks that the work is split into; results
-never depend on it.
+Every kernel has the same calling convention: the buffers in order, then as int64 `tokens`
+(only when a buffer depends on it) and `threads`, the number of chunks that the work is split
+into; results never depend on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def build(symbol: str, isa: Isa, args: tuple[Buf, ...], body: Body) -> Kernel:
         T.func_name(symbol)
         T.func_attr({"global_symbol": symbol, "tirx.noalias": True})
         handles = [T.arg(f"{a.name}_handle", T.handle()) for a in args]
-        tokens = T.arg("tokens", T.int64())
+        per_token = any(isinstance(d, PerToken) for a in args for d in a.shape)
+        tokens = T.arg("tokens", T.int64()) if per_token else i64(1)
         threads = T.arg("threads", T.int64())
         bufs = SimpleNamespace()
         for handle, arg in zip(handles, args, strict=True):

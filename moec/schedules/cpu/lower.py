@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import tvm
 from tvm import relax
 
 from ...ops import (
@@ -21,19 +20,16 @@ from ...ops import (
 )
 from ...ops.define import OpDef, attributes, dtype_of
 from ...spec import MoESpec
-from ...target import Target
 from ..base import Packed
-from ..program import Lowering, Program
+from ..buffers import Kernel
+from ..program import Legalize, Lowering
 from . import dense, each, finish, fused, gather, norm, pack, stage
 from . import route as route_kernel
 from . import sort as sort_kernel
-from .emit import round_up, storage
-from .isa import ISAS, Isa
+from .emit import round_up
+from .isa import Isa
 from .matmul import Projection
 from .tiles import Operand, Panels
-
-Legalize = Callable[[relax.BlockBuilder, relax.Call], Any]
-
 
 @dataclass(frozen=True)
 class CpuConfig:
@@ -45,14 +41,15 @@ class CpuConfig:
 class CpuLowering(Lowering):
     """Legalization of one block with one instruction set."""
 
-    def __init__(self, spec: MoESpec, isa: Isa, prefix: str, config: CpuConfig) -> None:
+    def __init__(self, spec: MoESpec, isa: Isa, prefix: str) -> None:
         super().__init__(prefix)
-        self.spec, self.isa, self.config = spec, isa, config
+        self.spec, self.isa, self.config = spec, isa, CpuConfig()
         self.panels = weight_panels(spec, isa)
         self._staged: dict[Any, Any] = {}
 
-    def table(self) -> dict[str, Legalize]:
+    def table(self, config: CpuConfig) -> Mapping[str, Legalize]:
         """The legalize map: Relax op name -> function."""
+        self.config, self._staged = config, {}
         pairs: tuple[tuple[OpDef, Legalize], ...] = (
             (rms_norm.OP, self._norm),
             (linear.OP, self._linear),
@@ -128,7 +125,7 @@ class CpuLowering(Lowering):
         else:
             blocks = self.config.block_words
             kernel = self.kernel(
-                name, (proj,), lambda s: dense.linear(s, self.isa, proj, blocks)
+                name, (proj, blocks), lambda s: dense.linear(s, self.isa, proj, blocks)
             )
         return self.call(bb, kernel, operands, call.ty.shape[0], call.ty)[0]
 
@@ -156,11 +153,11 @@ class CpuLowering(Lowering):
     def _grouped(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = grouped_matmul.OP.bind(call), attributes(call)
         order = [args["row_order"], args["expert_offsets"]]
-        return self._experts(bb, call, args, attrs, order, fused)
+        return self._experts(bb, call, args, attrs, order, fused, "grouped")
 
     def _indexed(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = indexed_matmul.OP.bind(call), attributes(call)
-        return self._experts(bb, call, args, attrs, [args["topk_ids"]], gather)
+        return self._experts(bb, call, args, attrs, [args["topk_ids"]], gather, "indexed")
 
     def _experts(
         self,
@@ -170,6 +167,7 @@ class CpuLowering(Lowering):
         attrs: dict[str, Any],
         order: list[Any],
         kernels: Any,
+        role: str,
     ) -> Any:
         """Either expert matmul of the `fused` or `gather` kernels, which have one signature."""
         top_k, weighted = self.spec.experts.top_k, "topk_weights" in args
@@ -178,7 +176,7 @@ class CpuLowering(Lowering):
             proj = self._projection("down", bool(bias), self.spec.dtype)
             words = self.config.block_words
             kernel = self.kernel(
-                "down", (proj, weighted),
+                f"{role}_down", (proj, weighted, words),
                 lambda s: kernels.down(s, self.isa, proj, top_k, weighted, words),
             )  # fmt: skip
             weights = [args["topk_weights"]] if weighted else []
@@ -189,7 +187,7 @@ class CpuLowering(Lowering):
         act, _ = grouped_matmul.activation_of(attrs)
         out = self._hidden("down")
         kernel = self.kernel(
-            "gate_up", (proj, act, out, weighted),
+            f"{role}_gate_up", (proj, act, out, weighted),
             lambda s: kernels.gate_up(s, self.isa, proj, act, out, top_k, weighted),
         )  # fmt: skip
         operands = [rows, *order, args["weight"], *bias]
@@ -206,7 +204,7 @@ class CpuLowering(Lowering):
         act, _ = grouped_matmul.activation_of(attrs)
         out, top_k, words = self._hidden("down"), self.spec.experts.top_k, self.config.block_words
         kernel = self.kernel(
-            "expert_loop", (first, second, act, out, weighted),
+            "expert_loop", (first, second, act, out, weighted, words),
             lambda s: each.expert_loop(
                 s, self.isa, first, second, act, out, top_k, weighted, words
             ),
@@ -248,7 +246,7 @@ MATRICES = ("router", "gate_up", "down", "shared_gate_up", "shared_down", "share
 BIASES = {"router_bias": "router", "gate_up_bias": "gate_up", "down_bias": "down"}
 
 
-def packing(spec: MoESpec, isa: Isa, prefix: str) -> tuple[dict[str, Packed], dict[str, Any]]:
+def packing(spec: MoESpec, isa: Isa, prefix: str) -> tuple[dict[str, Packed], dict[str, Kernel]]:
     """(how each parameter is bound, the packing kernels by symbol)."""
     panels = weight_panels(spec, isa)
     packed: dict[str, Packed] = {}
@@ -267,15 +265,3 @@ def packing(spec: MoESpec, isa: Isa, prefix: str) -> tuple[dict[str, Packed], di
         else:
             packed[name] = Packed(name, parameter.shape, "float32", None, False)
     return packed, kernels
-
-
-def lower(module: tvm.IRModule, spec: MoESpec, target: Target, prefix: str) -> Program:
-    """Legalize a block's module for a CPU target."""
-    config = CpuConfig()
-    lowering = CpuLowering(spec, ISAS[target.isa], prefix, config)
-    with tvm.target.Target("llvm"):
-        legal = relax.transform.LegalizeOps(lowering.table())(module)
-    return Program(legal, lowering.kernels, {}, {})
-
-
-__all__ = ["CpuConfig", "lower", "packing", "storage"]

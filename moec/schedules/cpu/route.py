@@ -116,11 +116,17 @@ def _score(em: Emit, logits: Any, t: Any, width: int, spec: RouterSpec) -> None:
 
 def _choice(em: Emit, b: SimpleNamespace, t: Any, width: int, spec: RouterSpec) -> None:
     """choice = score (+ selection bias); padding lanes are -inf."""
-    with loop(spec.num_experts) as e:
-        value = tirx.BufferLoad(b.logits, [t, e])
+    full = spec.num_experts // em.lanes
+    with loop(full) as c:
+        value = em.load(b.logits, [t, c * em.lanes], "float32")
         if spec.selection_bias:
-            value = value + tirx.BufferLoad(b.selection_bias, [e])
-        T.buffer_store(b.choice, value, [t, e])
+            value = value + em.load(b.selection_bias, [c * em.lanes], "float32")
+        em.store(b.choice, value, [t, c * em.lanes], "float32")
+    for e in range(full * em.lanes, spec.num_experts):
+        value = tirx.BufferLoad(b.logits, [t, i64(e)])
+        if spec.selection_bias:
+            value = value + tirx.BufferLoad(b.selection_bias, [i64(e)])
+        T.buffer_store(b.choice, value, [t, i64(e)])
     for e in range(spec.num_experts, width):
         T.buffer_store(b.choice, f32(MINUS_INF), [t, i64(e)])
 

@@ -192,17 +192,19 @@ def _step_halves(
 
 
 def row_blocks(em: Emit, begin: Any, end: Any, body: Callable[[Any, int], None]) -> None:
-    """Cover rows [begin, end) with tiles: `body(first row, number of rows)` for every case.
+    """Cover rows [begin, end) with tiles: `body(first row, number of rows)` for every size.
 
-    Full tiles first, then one smaller tile for what is left; each size is its own code.
+    Tiles are as few as the register file allows and of nearly equal size (8 rows are 4 + 4,
+    not 6 + 2): a small tile has too few independent sums to keep the multipliers busy.
     """
     size = em.isa.rows
     total = em.bind(end - begin)
-    with loop(tirx.floordiv(total, i64(size))) as block:
-        body(em.bind(begin + block * size), size)
-    if size > 1:
-        rest = em.bind(tirx.floormod(total, i64(size)))
-        first = em.bind(end - rest)
-        for count in range(1, size):
-            with when(tirx.EQ(rest, i64(count))):
-                body(first, count)
+    count = em.bind(tirx.floordiv(total + i64(size - 1), i64(size)))
+    base = em.bind(tirx.floordiv(total, tirx.Max(count, i64(1))))
+    larger = em.bind(total - base * count)  # so many tiles have one row more
+    with loop(count) as block:
+        first = em.bind(begin + block * base + tirx.Min(block, larger))
+        rows = em.bind(base + tirx.Select(block < larger, i64(1), i64(0)))
+        for number in range(1, size + 1):
+            with when(tirx.EQ(rows, i64(number))):
+                body(first, number)

@@ -21,25 +21,31 @@ def argmax(
     With `below`, only values strictly less than it take part. The result is always in
     [0, count), even when nothing compares (NaN), so that no reader goes out of bounds.
     """
+    # Two passes, the largest value and then its lowest index: a single pass that carries both
+    # needs boolean vectors, which cost more than loading the row again from the L1 cache.
     best = T.alloc_buffer((1,), em.f32v)
-    where = T.alloc_buffer((1,), em.i32v)
     T.buffer_store(best, em.splat(float("-inf")), [0])
-    T.buffer_store(where, em.isplat(_NONE), [0])
-    lanes = em.lane_ids(0)
     with loop(width // em.lanes) as c:
         value = em.bind(em.load(values, [t, c * em.lanes], "float32"))
-        index = em.bind(lanes + tirx.Broadcast(tirx.Cast("int32", c * em.lanes), em.lanes))
-        old, old_at = tirx.BufferLoad(best, [0]), tirx.BufferLoad(where, [0])
-        # The first value of a lane is taken even when it is -inf: it must have an index.
-        better = tirx.Or(value > old, tirx.And(value >= old, old_at > index))
         if below is not None:
-            better = tirx.And(better, value < em.splat(below))
-        better = em.bind(better)
-        T.buffer_store(where, tirx.Select(better, index, old_at), [0])
-        T.buffer_store(best, tirx.Select(better, value, old), [0])
-    top = tirx.Broadcast(em.reduce_max(tirx.BufferLoad(best, [0])), em.lanes)
-    mine = tirx.BufferLoad(best, [0]) >= em.bind(top)
-    winner = em.reduce_min_i32(tirx.Select(mine, tirx.BufferLoad(where, [0]), em.isplat(_NONE)))
+            value = em.bind(
+                tirx.Select(value < em.splat(below), value, em.splat(float("-inf")))
+            )
+        old = tirx.BufferLoad(best, [0])
+        T.buffer_store(best, tirx.Select(value > old, value, old), [0])  # a NaN never wins
+    top = em.bind(tirx.Broadcast(em.reduce_max(tirx.BufferLoad(best, [0])), em.lanes))
+    where = T.alloc_buffer((1,), em.i32v)
+    T.buffer_store(where, em.isplat(_NONE), [0])
+    # The index is carried from step to step: computed from c, TVM rebuilds it lane by lane.
+    lanes = T.alloc_buffer((1,), em.i32v)
+    T.buffer_store(lanes, em.lane_ids(0), [0])
+    with loop(width // em.lanes) as c:
+        value = em.load(values, [t, c * em.lanes], "float32")
+        index = em.bind(tirx.BufferLoad(lanes, [0]))
+        T.buffer_store(lanes, index + em.isplat(em.lanes), [0])
+        found = tirx.Select(tirx.EQ(value, top), index, em.isplat(_NONE))
+        T.buffer_store(where, tirx.Min(tirx.BufferLoad(where, [0]), found), [0])
+    winner = em.reduce_min_i32(tirx.BufferLoad(where, [0]))
     inside = tirx.Min(winner, tirx.const(count - 1, "int32"))
     return em.bind(tirx.Cast("int64", inside))
 

@@ -1,0 +1,130 @@
+"""What this machine can do at best: read bandwidth and arithmetic peak, measured by our own loops.
+
+Both loops are compiled by the same compiler for the same instruction set as the kernels, so
+that a fraction of them says something about the kernels and not about the compiler.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .. import host
+from ..schedules.buffers import Buf, Kernel, PerToken
+from ..schedules.cpu.codegen import compile_module
+from ..schedules.cpu.emit import Emit, i64
+from ..schedules.cpu.isa import ISAS, Isa
+from ..schedules.cpu.kernel import build, loop, parallel
+from ..target import resolve
+
+_READ_BYTES = 256 << 20  # several times the largest cache
+_STREAMS = 8
+_ROUNDS = 1 << 16
+_REPEATS = 5
+_MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Bytes per second read from memory, and floating-point operations per second."""
+
+    read: float
+    flops: float
+    threads: int
+
+
+def measure(weights_dtype: str, threads: int | None = None) -> Machine:
+    """Measure this machine for weights of a dtype; default: all cores of the process."""
+    target = resolve("cpu")
+    isa = ISAS[target.isa]
+    threads = min(threads or host.cores(), _MOST_THREADS)
+    pairs = isa.bf16_dot and weights_dtype == "bfloat16"
+    kernels = [_read_kernel(isa), _peak_kernel(isa, pairs)]
+    module = compile_module({k.symbol: k.func for k in kernels}, target)
+    rows = _READ_BYTES // 4 // (isa.lanes * _STREAMS)
+    memory = _shared(np.ones((rows, isa.lanes * _STREAMS), np.float32))
+    sums = _shared(np.zeros((_MOST_THREADS, isa.lanes), np.float32))
+    read, peak = module["read"], module["peak"]
+    spent = _best(lambda: read(memory, sums, rows, threads))
+    flops_spent = _best(lambda: peak(sums, threads))
+    per_fma = 4 if pairs else 2
+    done = per_fma * isa.lanes * _accumulators(isa) * _ROUNDS * threads
+    return Machine(_READ_BYTES / spent, done / flops_spent, threads)
+
+
+def _shared(array: Any) -> Any:
+    return tvm_ffi.from_dlpack(array, require_alignment=4)
+
+
+def _best(run: Callable[[], Any]) -> float:
+    run()
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _read_kernel(isa: Isa) -> Kernel:
+    """Every thread sums its own part of the memory, eight vectors at a time."""
+    args = (
+        Buf("memory", (PerToken(), isa.lanes * _STREAMS), "float32", True),
+        Buf("sums", (_MOST_THREADS, isa.lanes), "float32", True),
+    )
+
+    def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
+        with parallel(threads) as part:
+            begin = T.bind(tirx.floordiv(tokens * part, threads))
+            end = T.bind(tirx.floordiv(tokens * (part + 1), threads))
+            total = T.alloc_buffer((_STREAMS,), em.f32v)
+            for j in range(_STREAMS):
+                T.buffer_store(total, em.splat(0.0), [j])
+            with loop(end, begin) as row:
+                for j in range(_STREAMS):
+                    value = em.load(b.memory, [row, i64(j * em.lanes)], "float32")
+                    T.buffer_store(total, tirx.BufferLoad(total, [j]) + value, [j])
+            result = tirx.BufferLoad(total, [0])
+            for j in range(1, _STREAMS):
+                result = result + tirx.BufferLoad(total, [j])
+            em.store(b.sums, result, [part, i64(0)], "float32")
+
+    return build("read", isa, args, body)
+
+
+def _accumulators(isa: Isa) -> int:
+    # Two for each cycle of latency of two units; they and the operands must stay in registers.
+    return 10
+
+
+def _peak_kernel(isa: Isa, pairs: bool) -> Kernel:
+    """Independent multiply-adds on registers."""
+    args = (Buf("sums", (_MOST_THREADS, isa.lanes), "float32", True),)
+
+    def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
+        count = _accumulators(isa)
+        with parallel(threads) as part:
+            acc = T.alloc_buffer((count,), em.f32v)
+            start = em.bind(em.load(b.sums, [part, i64(0)], "float32"))
+            for j in range(count):
+                T.buffer_store(acc, start, [j])
+            word = em.bind(T.reinterpret(em.i32v, start)) if pairs else start
+            with loop(_ROUNDS):
+                for j in range(count):
+                    old = tirx.BufferLoad(acc, [j])
+                    new = em.dot_bf16(old, word, word) if pairs else em.fma(old, word, word)
+                    T.buffer_store(acc, new, [j])
+            result = tirx.BufferLoad(acc, [0])
+            for j in range(1, count):
+                result = result + tirx.BufferLoad(acc, [j])
+            em.store(b.sums, result, [part, i64(0)], "float32")
+
+    return build("peak", isa, args, body)

@@ -1,0 +1,92 @@
+"""moec quickstart: write (or take) a checkpoint, compile it, run every schedule, check and time."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckFailed
+from ..runtime import load
+from .runs import Row, measure_all
+from .table import text
+
+if TYPE_CHECKING:
+    from ..cli.console import Console
+
+SCHEDULES = ("fused", "gather", "loop")
+
+
+def main(checkpoint: str | None, console: Console, *, as_json: bool = False) -> int:
+    """Run the quickstart on `checkpoint`, or on one that it writes; 0 when every row is right.
+
+    Prints a table, or JSON. Raises CheckFailed when a result is wrong, and what compiling and
+    loading raise.
+    """
+    with _folder() as folder:
+        if checkpoint is None:
+            checkpoint = _made(folder, console)
+        rows, facts = _job(checkpoint, folder / "quickstart.moec", console)
+    if as_json:
+        console.json({**facts, "rows": [row.to_json() for row in rows]})
+    else:
+        console.data(text(rows, facts))
+    wrong = [row for row in rows if not row.ok]
+    if wrong:
+        raise CheckFailed(
+            f"{len(wrong)} of {len(rows)} results differ from the float64 reference",
+            where=f"first: schedule {wrong[0].schedule}, T = {wrong[0].tokens}",
+            need=f"a relative error of at most {wrong[0].allowed:.1e}",
+            hint="this is a bug in moec, please report it with the output of 'moec env'",
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="moec-quickstart-") as name:
+        yield Path(name)
+
+
+def _made(folder: Path, console: Console) -> str:
+    from . import made
+
+    console.progress("writing a Qwen3-MoE-shaped checkpoint")
+    path = folder / "tiny-qwen3-moe"
+    path.mkdir()
+    size = made.write(path)
+    console.line(f"wrote a checkpoint of {size / 1e6:.0f} MB (2 layers, 1 of them MoE, bfloat16)")
+    return str(path)
+
+
+def _job(checkpoint: str, out: Path, console: Console) -> tuple[list[Row], dict[str, Any]]:
+    from .. import compiler
+    from ..frontend import read_model
+    from .machine import measure
+
+    model = read_model(checkpoint)
+    block = model.blocks[0]
+    options = compiler.CompileOptions(progress=console.progress)
+    report = compiler.compile(
+        checkpoint, out=out, layers=[block.layer], schedules=SCHEDULES, options=options
+    )
+    spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in report.seconds.items())
+    console.line(f"compiled layer {block.layer} of {len(model.blocks)} MoE layers: {spent}")
+    console.progress("measuring the machine")
+    machine = measure(block.spec.dtype)
+    loaded = load(out)
+    rows = measure_all(checkpoint, block, loaded[block.layer], console.progress)
+    facts = {
+        "family": model.family,
+        "layer": block.layer,
+        "digest": report.digest,
+        "target": loaded.target,
+        "threads": machine.threads,
+        "compile_seconds": report.seconds,
+        "read_bytes_per_second": machine.read,
+        "flops_per_second": machine.flops,
+        "spec": block.spec.to_json(),
+    }
+    return rows, facts
