@@ -69,7 +69,7 @@ def decode_variant(s: Shape, tag: str, one: decode.DecodeConfig, two: decode.Dec
     a = decode.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
     b = decode.down(f"{tag}_dn", second, two, SMS, "bfloat16")
     launches = (
-        Launch(a, ("x", "topk_ids", "topk_weights", "gate_up", "gate_up", "h")),
+        Launch(a, ("x", "topk_ids", "gate_up", "gate_up", "h")),
         Launch(b, ("h", "topk_ids", "topk_weights", "down", "down", "y")),
     )
     return Variant(tag, 1, 9, launches, (a, b))
@@ -105,20 +105,23 @@ def variants(s: Shape) -> list[Variant]:
     C = decode.DecodeConfig
     one, two = decode.chunks_of(s.H), decode.chunks_of(s.I)
     out = []
-    for budget1, budget2 in ((176, 200), (104, 100)):
-        for c1, c2 in ((one, two), (one * 2, two), (one // 2, two), (one, two // 2)):
-            if s.H // 64 % c1 or s.I // 64 % c2:
-                continue
-            st1, st2 = max(2, budget1 // (2 * c1)), max(2, budget2 // (2 * c2))
-            out.append(decode_variant(s, f"dec_{budget1}_{c1}_{c2}", C(c1, st1), C(c2, st2)))
-    S = stream.StreamConfig
-    for rows, step, low, high in (
-        (8, 0, 1, 64), (16, 0, 1, 257), (32, 0, 64, 513), (64, 16, 128, 1025), (64, 0, 256, 1025),
-        (128, 32, 256, 4097), (256, 32, 512, 1 << 30), (256, 64, 1024, 1 << 30), (192, 32, 1024, 1 << 30),
+    for budget1, budget2, c1, c2, ahead in (
+        (176, 192, one, two, 3), (104, 100, one, two, 3), (176, 192, one, two, 2), (112, 192, one, two, 4),
+        (176, 192, one, max(1, two // 2), 4), (176, 100, one, two, 3),
     ):  # fmt: skip
-        cfg = S(rows, step)
-        blocks = high > 257
-        out.append(grouped_variant(s, f"str{rows}_{step}", low, high, stream, cfg, cfg, rows, blocks))
+        st1, st2 = max(2, budget1 // (2 * c1)), max(2, budget2 // (2 * c2))
+        name = f"dec_{budget1}_{budget2}_{c2}_{ahead}"
+        out.append(decode_variant(s, name, C(c1, st1), C(c2, st2, ahead)))
+    S = stream.StreamConfig
+    for rows, step, depth, stages, low, high in (
+        (8, 0, 1, 0, 1, 64), (16, 0, 1, 0, 1, 257), (32, 0, 1, 0, 64, 513), (32, 0, 2, 0, 64, 513),
+        (32, 0, 1, 8, 64, 257), (32, 0, 1, 5, 64, 257), (64, 16, 1, 0, 128, 1025),
+        (128, 32, 1, 0, 256, 4097), (256, 32, 1, 0, 512, 1 << 30), (192, 32, 1, 0, 1024, 1 << 30),
+    ):  # fmt: skip
+        cfg = S(rows, step, depth, stages)
+        blocks = high > 1000
+        name = f"str{rows}_{step}_{depth}_{stages}"
+        out.append(grouped_variant(s, name, low, high, stream, cfg, cfg, rows, blocks))
     P = prefill.PrefillConfig
     for cols in (256, 192, 128):
         cfg = P(cols, {256: 4, 192: 5, 128: 6}[cols])

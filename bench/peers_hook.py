@@ -24,6 +24,8 @@ def build(ctx: Any) -> Any:
     """A function of the routing number; weights are used where they are, unpacked."""
     import torch
 
+    # The harness may bring another tvm_ffi: the pinned one must come first.
+    sys.path[:0] = os.environ.get("MOEC_SITE", "").split(os.pathsep)
     libs = Path(os.environ["MOEC_LIBS"])
     plan = json.loads(os.environ["MOEC_PLAN"])
     index = json.loads((libs / "index.json").read_text())

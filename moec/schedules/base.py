@@ -16,6 +16,7 @@ from ..errors import TargetError
 from ..spec import MoESpec
 from ..target import KINDS, Target
 from .buffers import Kernel
+from .entry import Entry, build_entry
 from .program import Lowering
 
 
@@ -76,7 +77,8 @@ class Backend:
     with `prefix`; the schedules of the shape share it, and with it every kernel that they have
     in common. `packing` says how every parameter is bound, and gives the kernels that pack.
     `build` compiles functions into a library file, `requires` names what a machine needs to
-    run it (as the artifact's manifest writes it).
+    run it (as the artifact's manifest writes it). `entry` turns a function's straight line of
+    kernel calls into the one that callers call.
     """
 
     kind: str
@@ -85,6 +87,7 @@ class Backend:
     packing: Callable[[MoESpec, Target, str], tuple[dict[str, Packed], dict[str, Kernel]]]
     build: Callable[[Mapping[str, Any], Target, Path], None]
     requires: Callable[[Target], dict[str, Any]]
+    entry: Callable[..., Entry] = build_entry
 
     def __post_init__(self) -> None:
         for name, schedule in self.schedules.items():

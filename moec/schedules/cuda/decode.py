@@ -3,10 +3,9 @@
 Every token is a fixed column of mma.m16n8k16, weights are its 16 rows. A block finds the
 active experts itself from topk_ids; one thread streams 16-row boxes of weights through a ring
 of shared-memory stages by TMA, and the warps share out a box's K chunks. The first kernel
-splits all (active expert, gate/up pair)s evenly over the multiprocessors and multiplies the
-routing weight in before rounding. The second owns output columns and adds all experts of a
-token up in registers, in ascending expert order: bitwise repeatable. It starts loading its
-weights while the first still runs.
+splits all (active expert, gate/up pair)s evenly over the multiprocessors. The second owns
+output columns, weighs the experts of a token and adds them up in registers, in ascending
+expert order: bitwise repeatable. It starts loading its weights while the first still runs.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
@@ -40,9 +39,15 @@ class DecodeConfig:
 
 
 def chunks_of(width: int) -> int:
-    """Chunks a box for a K of `width`: the divisor of width / 64 nearest to 8, at most 12."""
+    """Chunks a box for a K of `width`: the divisor of width / 64 nearest to 12, at most 16."""
     blocks = width // CHUNK
-    return min((c for c in range(1, 13) if blocks % c == 0), key=lambda c: abs(c - 8))
+    return min((c for c in range(1, 17) if blocks % c == 0), key=lambda c: abs(c - 12))
+
+
+def fitting(width: int, kilobytes: int) -> DecodeConfig:
+    """The config for a K of `width` whose ring takes so much shared memory."""
+    chunks = chunks_of(width)
+    return DecodeConfig(chunks, max(2, kilobytes // (2 * chunks)), 3)
 
 
 def _buffers(experts: int, top_k: int) -> tuple[Buf, Buf]:
@@ -55,11 +60,10 @@ def _buffers(experts: int, top_k: int) -> tuple[Buf, Buf]:
 def gate_up(
     symbol: str, shape: Matmul, act: ActivationSpec, config: DecodeConfig, sms: int
 ) -> Kernel:
-    """x [T, H], ids, weights [T, K], weight [E, 2I, H] (, bias) -> h [S, I], weighted.
+    """x [T, H], topk_ids, weight [E, 2I, H] (, bias) -> h [S, I].
 
-    h[t*K + k] is topk_weights[t, k] * act(...); within 32 columns its order is the one in
-    which the second kernel's lanes read it. Of an expert that a token names twice the last k
-    holds the sum. T <= 8.
+    h[t*K + k] is in an order of columns of its own, that of the second kernel's lanes. Of an
+    expert that a token names twice only the last k is written. T <= 8.
     """
     E, K, H, I = shape.experts, shape.top_k, shape.inner, shape.outer
     PAIR, BIAS, DT = shape.gated, shape.bias, shape.dtype
@@ -69,6 +73,7 @@ def gate_up(
     THREADS = NW * 32 + 64                     # and a producer warp, and one that finishes tiles
     OUT = 8 if PAIR else 16                    # outputs of a tile
     HALVES = 2 if PAIR else 1
+    TILES = -(-I // OUT)                       # of an expert
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
     NA = min(E, MAX_TOKENS * K)
     WROWS = I * HALVES
@@ -78,12 +83,11 @@ def gate_up(
 
     # fmt: off
     @T.prim_func
-    def kernel(x_p: T.handle(DT), ids_p: T.handle("int32"), wts_p: T.handle("float32"), w_p: T.handle(DT), bias_p: T.handle("float32"), h_p: T.handle(DT), tokens: T.int64, threads: T.int64):
+    def kernel(x_p: T.handle(DT), ids_p: T.handle("int32"), w_p: T.handle(DT), bias_p: T.handle("float32"), h_p: T.handle(DT), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
         X = T.decl_buffer((NT, H), DT, data=x_p)
         IDS = T.decl_buffer((NT * K,), "int32", data=ids_p)
-        WTS = T.decl_buffer((NT * K,), "float32", data=wts_p)
         BIASV = T.decl_buffer((E * WROWS,), "float32", data=bias_p)
         HOUT = T.decl_buffer((NT * K, I), DT, data=h_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
@@ -107,7 +111,6 @@ def gate_up(
         taken = pool.alloc((SUMS,), "uint64", align=8)
         active = pool.alloc((NA,), "int32", align=4)
         ids = pool.alloc((NPC * 32,), "int32", align=4)
-        wts = pool.alloc((NPC * 32,), "float32", align=4)
         pool.commit()
 
         if tid == 0:
@@ -134,7 +137,6 @@ def gate_up(
                 if mine[i] >= E:
                     mine[i] = -1
                 ids[i * 32 + lane] = mine[i]
-                wts[i * 32 + lane] = fresh(WTS, i * 32 + lane, "float32")
         for word in T.unroll(NWORD):
             mask[0] = T.uint32(0)
             for i in T.unroll(NPC):
@@ -160,17 +162,16 @@ def gate_up(
                 stage = 0
                 phase = phase ^ 1
 
-        p: T.int32 = bx * (count * I) // sms
-        end: T.int32 = (bx + 1) * (count * I) // sms
+        # Tiles go round the blocks, so that all of them read from the same few megabytes.
+        p: T.int32 = bx
+        end: T.int32 = count * TILES
         slot: T.int32
         i0: T.int32
-        here: T.int32
 
         @T.inline
         def locate():
-            slot = p // I
-            i0 = p - slot * I
-            here = T.min(T.min(OUT, end - p), I - i0)
+            slot = p // TILES
+            i0 = (p - slot * TILES) * OUT
 
         g = T.meta_var(lane // 4)
         q = T.meta_var(lane % 4)
@@ -199,7 +200,7 @@ def gate_up(
                         else:
                             T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, c * KO, active[slot], full.ptr_to([stage]))
                         advance()
-                    p += here
+                    p += sms
         elif wid == NW + 1:
             while p < end:
                 locate()
@@ -226,24 +227,22 @@ def gate_up(
                                 s4[i * 2 + 1] = s4[i * 2 + 1] + BIASV[e * WROWS + i0 + g + i * 8]
                 for t in T.unroll(2):
                     if q * 2 + t < NT:
-                        weight: T.float32 = T.float32(0)
                         at: T.int32 = -1
                         for k in T.unroll(K):
                             if ids[(q * 2 + t) * K + k] == e:
-                                weight = weight + wts[(q * 2 + t) * K + k]
                                 at = (q * 2 + t) * K + k
                         if at >= 0:
                             for o in T.unroll(1 if PAIR else 2):
-                                if g + o * 8 < here:
+                                if i0 + g + o * 8 < I:
                                     col: T.int32 = i0 + g + o * 8
                                     value: T.float32 = T.float32(0)
                                     if PAIR:
                                         value = T.cuda.func_call(ACT, s4[t], s4[2 + t], source_code=ACT_SRC, return_type="float32")
                                     else:
                                         value = T.cuda.func_call(ACT, s4[o * 2 + t], s4[o * 2 + t], source_code=ACT_SRC, return_type="float32")
-                                    HOUT[at, col // 32 * 32 + col % 8 // 2 * 8 + col % 32 // 8 * 2 + col % 2] = T.Cast(DT, weight * value)
+                                    HOUT[at, col // 32 * 32 + col % 8 // 2 * 8 + col % 32 // 8 * 2 + col % 2] = T.Cast(DT, value)
                 next_sum()
-                p += here
+                p += sms
         else:
             xf = T.alloc_local((NCH * 8,), "uint32")
             a = T.alloc_local((4,), "uint32")
@@ -274,11 +273,11 @@ def gate_up(
                 if lane == 0:
                     T.ptx.mbarrier.arrive.shared.b64(summed.ptr_to([slot4]), T.uint32(1))
                 next_sum()
-                p += here
+                p += sms
     # fmt: on
     args = (
         Buf("x", (PerToken(), H), DT, True),
-        *_buffers(E, K),
+        _buffers(E, K)[0],
         shape.weight,
         Buf("bias", (E, WROWS), "float32") if BIAS else shape.weight,
         Buf("h", (PerToken(K), I), DT),
@@ -337,6 +336,8 @@ def down(
         empty = pool.alloc((ST,), "uint64", align=8)
         active = pool.alloc((NA,), "int32", align=4)
         ids = pool.alloc((NPC * 32,), "int32", align=4)
+        rows = pool.alloc((NA * 8,), "int32", align=4)
+        shares = pool.alloc((NA * 8,), "float32", align=4)
         wts = pool.alloc((NPC * 32,), "float32", align=4)
         pool.commit()
 
@@ -406,19 +407,29 @@ def down(
             g = T.meta_var(lane // 4)
             q = T.meta_var(lane % 4)
             a = T.alloc_local((4,), "uint32")
-            acc = T.alloc_local((NCT * 8,), "float32")
+            acc = T.alloc_local((NCT * 4,), "float32")
+            part = T.alloc_local((8,), "float32")
+            weight = T.alloc_local((2,), "float32")
             s4 = T.alloc_local((4,), "float32")
             t4 = T.alloc_local((4,), "float32")
             b = T.alloc_local((GP * 8,), "uint32")
             nb = T.alloc_local((GP * 8,), "uint32")
-            own = T.alloc_local((K,), "int32")
-            for i in T.unroll(NCT * 8):
+            for i in T.unroll(NCT * 4):
                 acc[i] = T.float32(0)
-            for k in T.unroll(K):
-                own[k] = -1
-            if g < NT:
-                for k in T.unroll(K):
-                    own[k] = ids[g * K + k]
+            # row of h and weight of (active expert, token); -1 and 0 where it is not used
+            fill: T.int32 = tid
+            while fill < count * 8:
+                found: T.int32 = -1
+                share: T.float32 = T.float32(0)
+                if fill % 8 < NT:
+                    for k in T.unroll(K):
+                        if ids[fill % 8 * K + k] == active[fill // 8]:
+                            found = fill % 8 * K + k
+                            share = share + wts[fill % 8 * K + k]
+                rows[fill] = found
+                shares[fill] = share
+                fill += NW * 32
+            T.ptx.bar.sync(T.uint32(1), T.uint32(NW * 32))
             T.ptx.griddepcontrol.wait()
             it: T.int32 = 0
             last: T.int32 = count * NCH
@@ -431,10 +442,7 @@ def down(
                         nb[u * 8 + i] = T.uint32(0)
                     if begin + u < last:
                         j2: T.int32 = (begin + u) // NCH
-                        at: T.int32 = -1
-                        for k in T.unroll(K):
-                            if own[k] == active[j2]:
-                                at = g * K + k
+                        at: T.int32 = rows[j2 * 8 + g]
                         if at >= 0:
                             place = T.meta_var((((begin + u) - j2 * NCH) * KO + wid) * CHUNK + q * 8)
                             T.ptx["ld.global.cg.v4.u32"](nb[u * 8], nb[u * 8 + 1], nb[u * 8 + 2], nb[u * 8 + 3], HIN.ptr_to([at, place]))
@@ -447,23 +455,30 @@ def down(
                 ahead(it + GP)
                 for u in T.unroll(GP):
                     if it + u < last:
+                        for i in T.unroll(2):
+                            weight[i] = shares[(it + u) // NCH * 8 + q * 2 + i]
                         for ct in T.unroll(NCT):
                             wait(full.ptr_to([stage]), phase)
+                            for i in T.unroll(8):
+                                part[i] = T.float32(0)
                             for s in T.unroll(4):
                                 if ct == NCT - 1 and LAST == 8:
                                     # the box has 8 rows; the other 8 of the tile are the same again
                                     T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid // 2, wid % 2 * 8 + lane % 8, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
                                 else:
                                     T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid, lane % 16, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
-                                z = T.meta_var(ct * 8 + s % 2 * 4)
-                                T.ptx[MMA](acc[z], acc[z + 1], acc[z + 2], acc[z + 3], a[0], a[1], a[2], a[3], b[u * 8 + s * 2], b[u * 8 + s * 2 + 1], acc[z], acc[z + 1], acc[z + 2], acc[z + 3])
+                                z = T.meta_var(s % 2 * 4)
+                                T.ptx[MMA](part[z], part[z + 1], part[z + 2], part[z + 3], a[0], a[1], a[2], a[3], b[u * 8 + s * 2], b[u * 8 + s * 2 + 1], part[z], part[z + 1], part[z + 2], part[z + 3])
+                            # columns 2q and 2q + 1 are tokens: each expert has its weight there
+                            for i in T.unroll(4):
+                                acc[ct * 4 + i] = acc[ct * 4 + i] + weight[i % 2] * (part[i] + part[i + 4])
                             T.cuda.warp_sync()
                             if lane == 0:
                                 T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
                             advance()
                 it += GP
             for ct in T.unroll(NCT):
-                T.ptx["st.shared.v4.f32"](red.ptr_to([ct, wid, lane, 0]), acc[ct * 8] + acc[ct * 8 + 4], acc[ct * 8 + 1] + acc[ct * 8 + 5], acc[ct * 8 + 2] + acc[ct * 8 + 6], acc[ct * 8 + 3] + acc[ct * 8 + 7])
+                T.ptx["st.shared.v4.f32"](red.ptr_to([ct, wid, lane, 0]), acc[ct * 4], acc[ct * 4 + 1], acc[ct * 4 + 2], acc[ct * 4 + 3])
             T.ptx.bar.sync(T.uint32(1), T.uint32(NW * 32))
             tile: T.int32 = wid
             while tile < FW:

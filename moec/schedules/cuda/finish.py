@@ -20,7 +20,8 @@ THREADS = 128
 class Finish:
     """y = scale * sum_k w_k rows_k (+ sigmoid(gate) * shared) (+ residual), rounded once.
 
-    `weighted`: w is topk_weights, else 1. rows and y are of `dtype` and `out`.
+    `weighted`: w is topk_weights, else 1. rows and y are of `dtype` and `out`. With 0
+    `experts` rows are [T, H] and plain: nothing but the rest is done.
     """
 
     experts: int
@@ -79,7 +80,9 @@ def finish(symbol: str, spec: Finish) -> Kernel:
                     r = T.meta_var(k * WORDS + j * 4)
                     T.ptx["ld.global.cg.v4.u32"](raw[r], raw[r + 1], raw[r + 2], raw[r + 3], ROWS.ptr_to([t * K + k, c + j * 4]))
             for k in T.unroll(K):
-                e: T.int32 = fresh(IDS, t * K + k)
+                e: T.int32 = 0
+                if E > 0:
+                    e = fresh(IDS, t * K + k)
                 w: T.float32 = T.float32(1)
                 if WEIGHTED:
                     w = fresh(W, t * K + k, "float32")
@@ -87,7 +90,7 @@ def finish(symbol: str, spec: Finish) -> Kernel:
                 # selected, not branched over: a branch would hold the loads back. Rows of
                 # absent experts were never written and may hold anything.
                 for i in T.unroll(8):
-                    total[i] = total[i] + T.Select(e >= 0 and e < E, w * value[i], T.float32(0))
+                    total[i] = total[i] + T.Select(e >= 0 and e < max(E, 1), w * value[i], T.float32(0))
             if SCALE != 1.0:
                 for i in T.unroll(8):
                     total[i] = total[i] * T.float32(SCALE)

@@ -17,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ..buffers import Buf, Kernel, PerToken
-from ..entry import Entry
+from ..entry import Entry, Wiring
 
 ALIGN = 256  # of an intermediate: a multiple of what TMA (128) and a cache sector ask for
 
@@ -42,7 +42,7 @@ def build_host(
     fixed = per_token = 0
     with IRBuilder() as ib, T.prim_func(s_tir=True):
         T.func_name(symbol)
-        T.func_attr({"global_symbol": symbol})
+        T.func_attr({"global_symbol": symbol, "moec.host": True})
         handles = {n: T.arg(f"{n}_handle", T.handle()) for n in arguments}
         workspace_handle = T.arg("workspace_handle", T.handle())
         threads = T.arg("threads", T.int64())
@@ -53,7 +53,8 @@ def build_host(
                 tokens * d.count if isinstance(d, PerToken) else tirx.const(d, "int64")
                 for d in buf.shape
             ]
-            pointers[name] = T.match_buffer(handles[name], shape, buf.dtype, align=16).data
+            dtype = "uint16" if buf.dtype == "bfloat16" else buf.dtype  # travels as its bits
+            pointers[name] = T.match_buffer(handles[name], shape, dtype, align=16).data
         workspace = T.match_buffer(workspace_handle, (size,), "uint8", align=ALIGN)
         offset: Any = tirx.const(0, "int64")
         for launch in launches:
@@ -77,3 +78,31 @@ def build_host(
         tuple(launch.kernel.symbol for launch in launches),
         ib.get(),
     )
+
+
+def entry(
+    symbol: str,
+    lines: Wiring,
+    inputs: Mapping[str, Buf],
+    parameters: Mapping[str, Buf],
+    outputs: Mapping[str, Buf],
+) -> Entry:
+    """The host function of a straight line of kernel calls."""
+    placed = dict(zip(lines.results, outputs, strict=True))
+
+    def name(key: Any) -> str:
+        if isinstance(key, str):
+            return key
+        return placed.get(key) or "v{}_{}".format(*key)
+
+    launches = [
+        Launch(
+            call.kernel,
+            (
+                *(name(key) for key in call.operands),
+                *(name((call.number, i)) for i in range(len(call.results))),
+            ),
+        )
+        for call in lines.calls
+    ]
+    return build_host(symbol, inputs, parameters, outputs, launches)

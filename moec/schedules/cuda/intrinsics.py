@@ -172,6 +172,21 @@ def store8(place: Any, values: Any) -> Any:
     return T.cuda.func_call("moec_store8", place, values, source_code=UNPACK)
 
 
+LOAD_ONE = r"""
+#ifndef MOEC_LOAD_ONE
+#define MOEC_LOAD_ONE
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+__forceinline__ __device__ float moec_load_one(const __nv_bfloat16* place) {
+  return __bfloat162float(__ldcg(place));
+}
+__forceinline__ __device__ float moec_load_one(const __half* place) {
+  return __half2float(__ldcg(place));
+}
+__forceinline__ __device__ float moec_load_one(const float* place) { return __ldcg(place); }
+#endif
+"""
+
 SHARED_ADD = r"""
 __forceinline__ __device__ void moec_add(int* place, int value) { atomicAdd(place, value); }
 """

@@ -22,7 +22,6 @@ _TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::b
 TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
 BM, BK = 128, 64
 THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
-GATHER = 96
 SHARED_LIMIT = 227 * 1024
 
 
@@ -91,9 +90,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     NACC = N // 2
     ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
     PBYTES = D * PART * BK * 2                # of one box of tokens
-    FULL = 1 + GATHER // 32 if FIRST else 1
-    PIECES = N * 8 * D                        # 16-byte pieces of tokens a stage
-    TURNS = -(-PIECES // GATHER)
+    FULL = 4 if FIRST else 1
+    TURNS = -(-N // 24)                       # a gathering warp takes 8 tokens of every 24
     OUTP = WOUT // 8                          # 16-byte pieces of a token's result
     OTURNS = -(-PART * OUTP // 128)
     WROWS = COLS * (2 if PAIR else 1)
@@ -240,28 +238,31 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         elif wid >= 8:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](104)
             if FIRST:
-                pt = T.meta_var(tid - 256)
-                src = T.alloc_local((TURNS,), "int32")
+                # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight
+                src = T.alloc_local((TURNS * 2,), "int32")
                 pst: T.int32 = 0
                 behind: T.int32 = 0
+                first: T.int32 = (wid - 8) * 8
                 while tile < total:
                     locate()
                     for p in T.unroll(TURNS):
-                        r8: T.int32 = T.min((p * GATHER + pt) // 8 % N, rows - 1)
-                        src[p] = fresh(ORDER, row0 + r8) // TOPK
+                        for h in T.unroll(2):
+                            r8: T.int32 = T.min(p * 24 + first + h * 4 + lane // 8, rows - 1)
+                            src[p * 2 + h] = fresh(ORDER, row0 + r8) // TOPK
                     for k in T.serial(KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
-                        for p in T.unroll(TURNS):
-                            piece = T.meta_var(p * GATHER + pt)
-                            row = T.meta_var(piece // 8 % N)
-                            d = T.meta_var(piece // (8 * N))
-                            # rows past the tile's are not loaded: what they hold reaches no valid result
-                            if piece < PIECES and row < rows:
-                                if K % (BK * D) == 0:
-                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([T.Cast("int64", src[p]), (k * D + d) * BK + pt % 8 * 8]), 16)
-                                else:
-                                    inside: T.int32 = T.if_then_else((k * D + d) * BK + (pt % 8) * 8 < K, 16, 0)
-                                    T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, ((pt % 8) ^ (row % 8)) * 8]), X.ptr_to([T.Cast("int64", src[p]), T.if_then_else(inside == 16, (k * D + d) * BK + pt % 8 * 8, 0)]), 16, inside)
+                        for d in T.unroll(D):
+                            for p in T.unroll(TURNS):
+                                # tokens past the tile's are not loaded: what is there reaches no valid result
+                                if p * 24 + first < T.min(rows, N):
+                                    for h in T.unroll(2):
+                                        row = T.meta_var(p * 24 + first + h * 4 + lane // 8)
+                                        swizzled = T.meta_var((lane % 8 ^ (h * 4 + lane // 8)) * 8)
+                                        if K % (BK * D) == 0:
+                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), (k * D + d) * BK + lane % 8 * 8]), 16)
+                                        else:
+                                            inside: T.int32 = T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0)
+                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), T.if_then_else(inside == 16, (k * D + d) * BK + lane % 8 * 8, 0)]), 16, inside)
                         T.ptx.cp.async_.commit_group()
                         if behind == LAG:
                             T.ptx.cp.async_.wait_group(LAG)

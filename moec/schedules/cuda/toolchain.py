@@ -130,13 +130,19 @@ def _compile(code: str) -> bytes:
     failed = nvrtc.nvrtcCompileProgram(program, len(options), raw)
     log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
     if failed:
-        raise TargetError("a CUDA kernel does not compile", where=log[:4000])
+        raise TargetError("a CUDA kernel does not compile", where=_complaints(log))
     if "wgmma" in log and "serialized" in log:
-        raise TargetError("ptxas serialises the wgmma of a kernel", where=log[:4000])
+        raise TargetError("ptxas serialises the wgmma of a kernel", where=_complaints(log))
     _state.report.update(resources(log))
     cubin = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return cubin
+
+
+def _complaints(log: str) -> str:
+    """The lines of a compiler's log that are not the resource report, as many as help."""
+    lines = [line for line in log.splitlines() if not _REPORT.match(line)]
+    return "\n".join(lines)[:4000]
 
 
 def _text(size: Any, read: Any, program: ctypes.c_void_p) -> bytes:
@@ -152,6 +158,7 @@ def _check(code: int) -> None:
         raise TargetError(f"NVRTC failed with error {code}", hint=_EXTRA)
 
 
+_REPORT = re.compile(r"ptxas (info )? *[:.] *(Compil|Func|Used|\d+ bytes)")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
