@@ -187,6 +187,21 @@ __forceinline__ __device__ float moec_load_one(const float* place) { return __ld
 #endif
 """
 
+# A constant that the compiler does not see through. A loop over wgmma that runs two or three
+# times would be unrolled, and then ptxas lacks the registers to keep it asynchronous.
+_OPAQUE = r"""
+__forceinline__ __device__ int moec_opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+"""
+
+
+def opaque(value: int) -> Any:
+    """`value` as a run-time int32."""
+    return T.cuda.func_call("moec_opaque", value, source_code=_OPAQUE, return_type="int32")
+
+
 SHARED_ADD = r"""
 __forceinline__ __device__ void moec_add(int* place, int value) { atomicAdd(place, value); }
 """

@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
 from .activation import device_function
-from .intrinsics import BARRIER_WAIT, fresh
+from .intrinsics import BARRIER_WAIT, fresh, opaque
 from .shapes import Matmul
 
 TMA2 = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -255,6 +255,7 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, wgi * 64, 0]), 1, 64, 3)
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0]), 1, 64, 3)
             prev: T.int32 = 0
+            steps: T.int32 = opaque(KB)
 
             @T.inline
             def release(s):
@@ -271,7 +272,7 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                         release(stage)
                         advance()
                 else:
-                    for k in T.serial(KB):
+                    for k in T.serial(steps):
                         wait(full.ptr_to([stage]), phase)
                         T.ptx.wgmma.fence.sync.aligned()
                         for kk in T.unroll(BK // 16):

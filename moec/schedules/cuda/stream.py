@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
-from .intrinsics import BARRIER_WAIT, fresh
+from .intrinsics import BARRIER_WAIT, fresh, opaque
 from .shapes import Matmul
 
 _TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -302,6 +302,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64, 0]), 1, 64, 3)
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0, 0]), 1, 64, 3)
             prev: T.int32 = 0
+            steps: T.int32 = opaque(KB)
 
             @T.inline
             def release(s):
@@ -310,7 +311,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
 
             @T.inline
             def multiply(width):
-                for k in T.serial(KB):
+                for k in T.serial(steps):
                     wait(full.ptr_to([stage]), phase)
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(D * BK // 16):
