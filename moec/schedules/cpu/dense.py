@@ -7,21 +7,22 @@ from typing import Any
 
 from ...spec import ActivationSpec
 from ..buffers import Kernel
+from .cover import Rows, scratch
 from .emit import Emit, i64
 from .isa import Isa
-from .kernel import build, chunk, loop
+from .kernel import build, chunk
 from .matmul import (
     Projection,
     accumulate,
     accumulator,
     hidden,
     k_blocks,
-    run_tile,
+    multiply,
     staged,
     store_activated,
     zero_columns,
 )
-from .tiles import Acc, Operand, row_blocks
+from .tiles import Operand
 
 
 def linear(symbol: str, isa: Isa, proj: Projection, block_words: int) -> Kernel:
@@ -34,23 +35,13 @@ def linear(symbol: str, isa: Isa, proj: Projection, block_words: int) -> Kernel:
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
+        def finish(row: Any, panel: Any, values: Any) -> None:
+            accumulate(em, b.y, row, panel, values, None)
+
         with chunk(i64(proj.panels.count), threads) as (begin, end):
             zero_columns(em, b.y, tokens, begin, end)
-            with loop(end, begin) as p:
-
-                def finish(rows: Any, acc: Acc) -> None:
-                    for row, values in zip(rows, acc, strict=True):
-                        accumulate(em, b.y, row, p, values, None)
-
-                for words in blocks:
-
-                    def block(row: Any, count: int, words: tuple[int, int] = words) -> None:
-                        rows = [row + i for i in range(count)]
-                        run_tile(
-                            em, proj, b, "weight", i64(0), p, b.rows, rows, finish, rows, words
-                        )
-
-                    row_blocks(em, i64(0), tokens, block)
+            sums, rows, span = scratch(em), _all_rows(tokens), (begin, end)
+            multiply(em, proj, b, "weight", i64(0), span, b.rows, rows, sums, finish, blocks)
 
     return build(symbol, isa, args, body)
 
@@ -62,13 +53,13 @@ def gate_up(
     args = (staged("rows", proj.operand, 1), *proj.args("weight"), hidden("h", out, 1))
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
-        with chunk(i64(proj.panels.count), threads) as (begin, end), loop(end, begin) as p:
-            epilogue = store_activated(em, spec, proj.panels, out, b.h, p)
-
-            def block(row: Any, count: int) -> None:
-                rows = [row + i for i in range(count)]
-                run_tile(em, proj, b, "weight", i64(0), p, b.rows, rows, epilogue, rows)
-
-            row_blocks(em, i64(0), tokens, block)
+        finish = store_activated(em, spec, proj.panels, out, b.h)
+        with chunk(i64(proj.panels.count), threads) as span:
+            sums, rows = scratch(em), _all_rows(tokens)
+            multiply(em, proj, b, "weight", i64(0), span, b.rows, rows, sums, finish)
 
     return build(symbol, isa, args, body)
+
+
+def _all_rows(tokens: Any) -> Rows:
+    return Rows(i64(0), tokens, lambda row: row)

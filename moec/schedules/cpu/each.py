@@ -14,21 +14,22 @@ from tvm.tirx.script import builder as T
 
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
+from .cover import Rows, scratch
 from .emit import Emit, i64
 from .isa import Isa
 from .kernel import build, chunk, loop, scalar, when
 from .matmul import (
     Projection,
-    accumulate,
     accumulator,
     hidden,
     k_blocks,
-    run_tile,
+    multiply,
     staged,
     store_activated,
+    weighted_sum,
     zero_columns,
 )
-from .tiles import Acc, Operand, row_blocks
+from .tiles import Operand
 
 
 def expert_loop(
@@ -65,8 +66,14 @@ def expert_loop(
             (tokens * top_k, i64(words)), dtype, data=b.h.data, align=64
         )
 
-        def member(at: Any) -> Any:
-            return em.bind(tirx.Cast("int64", tirx.BufferLoad(b.members, [at])))
+        def member(row: Any) -> Any:
+            return tirx.Cast("int64", tirx.BufferLoad(b.members, [row]))
+
+        def source(row: Any) -> Any:
+            return member(row) if weighted_input else tirx.floordiv(member(row), i64(top_k))
+
+        activated = store_activated(em, spec, first.panels, out, b.h)
+        summed = weighted_sum(em, b, top_k, not weighted_input, member)
 
         with chunk(i64(second.panels.count), threads) as (begin, end):
             zero_columns(em, b.y, tokens, begin, end)
@@ -81,45 +88,12 @@ def expert_loop(
                     T.buffer_store(count, at + 1, [0])
             total = em.bind(tirx.BufferLoad(count, [0]))
             with when(total > i64(0)):
-                with chunk(i64(first.panels.count), threads) as (begin, end):
-                    with loop(end, begin) as p:
-                        epilogue = store_activated(em, spec, first.panels, out, b.h, p)
-
-                        def up_block(row: Any, rows: int) -> None:
-                            places = [row + i for i in range(rows)]
-                            source = [member(at) for at in places]
-                            if not weighted_input:
-                                source = [em.bind(tirx.floordiv(s, i64(top_k))) for s in source]
-                            run_tile(
-                                em, first, b, "gate_up", e, p, b.rows, source, epilogue, places
-                            )
-
-                        row_blocks(em, i64(0), total, up_block)
-                with chunk(i64(second.panels.count), threads) as (begin, end):
-                    with loop(end, begin) as p:
-
-                        def finish(pairs: Any, acc: Acc) -> None:
-                            for pair, values in zip(pairs, acc, strict=True):
-                                t = em.bind(tirx.floordiv(pair, i64(top_k)))
-                                w: Any = None
-                                if not weighted_input:
-                                    k = tirx.floormod(pair, i64(top_k))
-                                    w = tirx.BufferLoad(b.topk_weights, [t, k])
-                                    w = em.bind(tirx.Broadcast(w, em.lanes))
-                                accumulate(em, b.y, t, p, values, w)
-
-                        for block in blocks:
-
-                            def down_block(
-                                row: Any, rows: int, block: tuple[int, int] = block
-                            ) -> None:
-                                places = [row + i for i in range(rows)]
-                                pairs = [member(at) for at in places]
-                                run_tile(
-                                    em, second, b, "down", e, p, h_words, places, finish,
-                                    pairs, block,
-                                )  # fmt: skip
-
-                            row_blocks(em, i64(0), total, down_block)
+                zero = i64(0)
+                with chunk(i64(first.panels.count), threads) as span:
+                    rows, sums = Rows(zero, total, source), scratch(em)
+                    multiply(em, first, b, "gate_up", e, span, b.rows, rows, sums, activated)
+                with chunk(i64(second.panels.count), threads) as span:
+                    rows, sums = Rows(zero, total, lambda row: row), scratch(em)
+                    multiply(em, second, b, "down", e, span, h_words, rows, sums, summed, blocks)
 
     return build(symbol, isa, args, body)

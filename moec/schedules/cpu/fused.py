@@ -8,6 +8,7 @@ the number of threads nor on the other tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,21 +16,22 @@ from tvm import tirx
 
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
+from .cover import Rows, scratch
 from .emit import Emit, i64
 from .isa import Isa
-from .kernel import build, chunk, loop, when
+from .kernel import build, chunk, loop
 from .matmul import (
     Projection,
-    accumulate,
     accumulator,
     hidden,
     k_blocks,
-    run_tile,
+    multiply,
     staged,
     store_activated,
+    weighted_sum,
     zero_columns,
 )
-from .tiles import Acc, Operand, row_blocks
+from .tiles import Operand
 
 
 def _at(buffer: Any, index: Any) -> Any:
@@ -66,21 +68,16 @@ def gate_up(
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
-        with chunk(i64(proj.panels.count), threads) as (begin, end), loop(experts) as e:
-            first, last = em.bind(_at(b.expert_offsets, e)), em.bind(_at(b.expert_offsets, e + 1))
-            with when(first < last), loop(end, begin) as p:
-                epilogue = store_activated(em, spec, proj.panels, out, b.h, p)
+        def source(row: Any) -> Any:
+            pair = _at(b.row_order, row)
+            return pair if weighted_input else tirx.floordiv(pair, i64(top_k))
 
-                def block(row: Any, count: int) -> None:
-                    places = [row + i for i in range(count)]
-                    source = [em.bind(_at(b.row_order, at)) for at in places]
-                    if not weighted_input:
-                        source = [em.bind(tirx.floordiv(s, i64(top_k))) for s in source]
-                    run_tile(
-                        em, proj, b, "gate_up", e, p, b.rows, source, epilogue, places
-                    )
-
-                row_blocks(em, first, last, block)
+        finish = store_activated(em, spec, proj.panels, out, b.h)
+        with chunk(i64(proj.panels.count), threads) as span:
+            sums = scratch(em)
+            with loop(experts) as e:
+                rows = _rows(em, b, e, source)
+                multiply(em, proj, b, "gate_up", e, span, b.rows, rows, sums, finish)
 
     return build(symbol, isa, args, body)
 
@@ -105,34 +102,19 @@ def down(
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
-        def finish(p: Any, pairs: list[Any], acc: Acc) -> None:
-            for pair, values in zip(pairs, acc, strict=True):
-                t = em.bind(tirx.floordiv(pair, i64(top_k)))
-                w = None
-                if weighted:
-                    k = tirx.floormod(pair, i64(top_k))
-                    w = tirx.Broadcast(tirx.BufferLoad(b.topk_weights, [t, k]), em.lanes)
-                    w = em.bind(w)
-                accumulate(em, b.y, t, p, values, w)
-
+        finish = weighted_sum(em, b, top_k, weighted, lambda row: _at(b.row_order, row))
         with chunk(i64(proj.panels.count), threads) as (begin, end):
             zero_columns(em, b.y, tokens, begin, end)
+            sums = scratch(em)
             with loop(experts) as e:
-                first = em.bind(_at(b.expert_offsets, e))
-                last = em.bind(_at(b.expert_offsets, e + 1))
-                with when(first < last), loop(end, begin) as p:
-                    for words in blocks:
-
-                        def block(
-                            row: Any, count: int, words: tuple[int, int] = words
-                        ) -> None:
-                            places = [row + i for i in range(count)]
-                            pairs = [em.bind(_at(b.row_order, at)) for at in places]
-                            run_tile(
-                                em, proj, b, "down", e, p, b.h, places,
-                                lambda at, acc: finish(p, list(at), acc), pairs, words,
-                            )  # fmt: skip
-
-                        row_blocks(em, first, last, block)
+                rows = _rows(em, b, e, lambda row: row)
+                span = begin, end
+                multiply(em, proj, b, "down", e, span, b.h, rows, sums, finish, blocks)
 
     return build(symbol, isa, args, body)
+
+
+def _rows(em: Emit, b: SimpleNamespace, e: Any, source: Callable[[Any], Any]) -> Rows:
+    """The sorted rows of one expert."""
+    first, last = _at(b.expert_offsets, e), _at(b.expert_offsets, e + 1)
+    return Rows(em.bind(first), em.bind(last), source)

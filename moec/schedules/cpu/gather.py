@@ -13,21 +13,22 @@ from tvm import tirx
 
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
+from .cover import Rows, scratch
 from .emit import Emit, i64
 from .isa import Isa
 from .kernel import build, chunk, loop, when
 from .matmul import (
     Projection,
-    accumulate,
     accumulator,
     hidden,
     k_blocks,
-    run_tile,
+    multiply,
     staged,
     store_activated,
+    weighted_sum,
     zero_columns,
 )
-from .tiles import Acc, Operand
+from .tiles import Operand
 
 
 def _expert(em: Emit, ids: Any, t: Any, k: Any, experts: int) -> tuple[Any, Any]:
@@ -55,17 +56,18 @@ def gate_up(
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
-        with (
-            chunk(i64(proj.panels.count), threads) as (begin, end),
-            loop(tokens) as t,
-            loop(top_k) as k,
-        ):
-            e, valid = _expert(em, b.topk_ids, t, k, proj.panels.groups)
-            pair = em.bind(t * i64(top_k) + k)
-            source = pair if weighted_input else t
-            with when(valid), loop(end, begin) as p:
-                epilogue = store_activated(em, spec, proj.panels, out, b.h, p)
-                run_tile(em, proj, b, "gate_up", e, p, b.rows, [source], epilogue, [pair])
+        def source(pair: Any) -> Any:
+            return pair if weighted_input else tirx.floordiv(pair, i64(top_k))
+
+        finish = store_activated(em, spec, proj.panels, out, b.h)
+        with chunk(i64(proj.panels.count), threads) as span:
+            sums = scratch(em)
+            with loop(tokens) as t, loop(top_k) as k:
+                e, valid = _expert(em, b.topk_ids, t, k, proj.panels.groups)
+                pair = em.bind(t * i64(top_k) + k)
+                rows = Rows(pair, pair + i64(1), source, most=1)
+                with when(valid):
+                    multiply(em, proj, b, "gate_up", e, span, b.rows, rows, sums, finish)
 
     return build(symbol, isa, args, body)
 
@@ -85,23 +87,16 @@ def down(
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
+        finish = weighted_sum(em, b, top_k, weighted, lambda pair: pair)
         with chunk(i64(proj.panels.count), threads) as (begin, end):
             zero_columns(em, b.y, tokens, begin, end)
+            sums = scratch(em)
             with loop(tokens) as t, loop(top_k) as k:
                 e, valid = _expert(em, b.topk_ids, t, k, proj.panels.groups)
-                w: Any = None
-                if weighted:
-                    w = tirx.Broadcast(tirx.BufferLoad(b.topk_weights, [t, k]), em.lanes)
-                    w = em.bind(w)
                 pair = em.bind(t * i64(top_k) + k)
-                with when(valid), loop(end, begin) as p:
-
-                    def finish(_: Any, acc: Acc) -> None:
-                        accumulate(em, b.y, t, p, acc[0], w)
-
-                    for words in blocks:
-                        run_tile(
-                            em, proj, b, "down", e, p, b.h, [pair], finish, [pair], words
-                        )
+                rows = Rows(pair, pair + i64(1), lambda pair: pair, most=1)
+                span = begin, end
+                with when(valid):
+                    multiply(em, proj, b, "down", e, span, b.h, rows, sums, finish, blocks)
 
     return build(symbol, isa, args, body)

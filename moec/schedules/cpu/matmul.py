@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,10 @@ from tvm.tirx.script import builder as T
 from ...spec import ActivationSpec
 from ..buffers import Buf, PerToken
 from .activate import activate
+from .cover import Finish, Rows, cover
 from .emit import Emit, i64, round_up, storage
 from .kernel import loop
-from .tiles import Acc, Operand, Panels, tile
+from .tiles import Matrix, Operand, Panels
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,18 @@ def k_blocks(panels: Panels, limit: int) -> list[tuple[int, int]]:
 
 
 def store_activated(
-    em: Emit, spec: ActivationSpec, panels: Panels, operand: Operand, target: Any, panel: Any
-) -> Callable[[Sequence[Any], Acc], None]:
-    """Epilogue: activation of the accumulators into rows `target[row]` (positions given)."""
+    em: Emit, spec: ActivationSpec, panels: Panels, operand: Operand, target: Any
+) -> Finish:
+    """Finish: the activation of the sums into target[row]."""
 
-    def epilogue(positions: Sequence[Any], acc: Acc) -> None:
-        vectors = em.isa.vectors // 2 if panels.gated else em.isa.vectors
-        for row, values in zip(positions, acc, strict=True):
-            for j in range(vectors):
-                up = values[j + vectors] if panels.gated else None
-                value = activate(em, spec, values[j], up)
-                column = panel * panels.step + j * em.lanes
-                em.store(target, value, [row, column], operand.dtype)
+    def finish(row: Any, panel: Any, values: Sequence[Any]) -> None:
+        half = em.isa.vectors // 2 if panels.gated else em.isa.vectors
+        for j in range(half):
+            up = values[j + half] if panels.gated else None
+            value = activate(em, spec, values[j], up)
+            em.store(target, value, [row, panel * panels.step + j * em.lanes], operand.dtype)
 
-    return epilogue
+    return finish
 
 
 def accumulate(em: Emit, target: Any, row: Any, panel: Any, values: Sequence[Any], w: Any) -> None:
@@ -87,6 +86,21 @@ def accumulate(em: Emit, target: Any, row: Any, panel: Any, values: Sequence[Any
         T.buffer_store(target, new, at)
 
 
+def weighted_sum(em: Emit, b: SimpleNamespace, top_k: int, weighted: bool, pair: Any) -> Finish:
+    """Finish: y[t] += w * sums, where pair(row) is t * K + k."""
+
+    def finish(row: Any, panel: Any, values: Sequence[Any]) -> None:
+        at = em.bind(pair(row))
+        t = em.bind(tirx.floordiv(at, i64(top_k)))
+        w: Any = None
+        if weighted:
+            k = tirx.floormod(at, i64(top_k))
+            w = em.bind(tirx.Broadcast(tirx.BufferLoad(b.topk_weights, [t, k]), em.lanes))
+        accumulate(em, b.y, t, panel, values, w)
+
+    return finish
+
+
 def zero_columns(em: Emit, target: Any, tokens: Any, begin: Any, end: Any) -> None:
     """target[:, panels begin to end] = 0."""
     width = em.isa.panel
@@ -96,37 +110,32 @@ def zero_columns(em: Emit, target: Any, tokens: Any, begin: Any, end: Any) -> No
             T.buffer_store(target, em.splat(0.0), [t, at])
 
 
-def run_tile(
+def multiply(
     em: Emit,
     proj: Projection,
     b: SimpleNamespace,
     name: str,
     group: Any,
-    panel: Any,
+    panels: tuple[Any, Any],
     source: Any,
-    rows: Sequence[Any],
-    epilogue: Callable[[Sequence[Any], Acc], None],
-    positions: Sequence[Any],
-    block: tuple[int, int] | None = None,
+    rows: Rows,
+    sums: Any,
+    finish: Finish,
+    blocks: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """One register tile of weight `name`, over all of K or one block of it.
+    """Rows of `source` times the panels [begin, end) of weight `name`, finished one by one.
 
-    The bias enters with the first block only. `positions` (not `rows`) go to the epilogue:
-    where the results belong, against where the activations came from.
+    With several `blocks` of K, `finish` gets a partial sum for each; the bias is in the first.
     """
-    begin, end = block or (0, proj.panels.depth)
-    bias = proj.bias_of(b, name) if begin == 0 else None
-    tile(
-        em,
-        proj.panels,
-        proj.operand,
-        getattr(b, name),
-        group,
-        panel,
-        source,
-        rows,
-        bias,
-        i64(begin),
-        i64(end),
-        lambda _, acc: epilogue(positions, acc),
-    )
+    matrices = [
+        Matrix(
+            proj.panels,
+            getattr(b, name),
+            proj.bias_of(b, name) if begin == 0 else None,
+            group,
+            begin,
+            end,
+        )
+        for begin, end in blocks or [(0, proj.panels.depth)]
+    ]
+    cover(em, matrices, proj.operand, source, panels, rows, sums, finish)

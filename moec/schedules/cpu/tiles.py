@@ -1,4 +1,4 @@
-"""The register tile: a few rows of activations times one packed panel of weights.
+"""The register tile: a few rows of activations times a few packed panels of weights.
 
 Weights are packed panel by panel, [E, P, K/group, panel]: one panel holds `panel` output
 columns for all of K, so that a tile reads it as one contiguous stream. In a gated projection
@@ -10,7 +10,7 @@ one mask from two float32 vectors elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 
 from .emit import Emit, i64, round_up
 from .isa import Isa
-from .kernel import loop, when
+from .kernel import loop
 
 _WORD = {"float32": "float32", "float16": "float16", "bfloat16": "int32"}
 
@@ -102,10 +102,6 @@ class Panels:
         return (self.groups, self.count, self.panel)
 
 
-Acc = list[list[Any]]
-Epilogue = Callable[[Sequence[Any], Acc], None]
-
-
 def _operands(em: Emit, word: Any, panels: Panels, pairs: bool) -> list[Any]:
     """The float32 vectors (one per K value) in one weight word, or the word itself."""
     if pairs or panels.dtype == "float32":
@@ -118,93 +114,98 @@ def _operands(em: Emit, word: Any, panels: Panels, pairs: bool) -> list[Any]:
     return [em.bind(low), em.bind(high)]
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One packed matrix of a group: its buffers, and the words of K that a tile covers."""
+
+    panels: Panels
+    weights: Any
+    bias: Any | None
+    group: Any
+    begin: int
+    end: int
+
+
 def tile(
     em: Emit,
-    panels: Panels,
+    matrix: Matrix,
     operand: Operand,
-    weights: Any,
-    group: Any,
-    panel: Any,
     source: Any,
     rows: Sequence[Any],
-    bias: Any | None,
-    begin: Any,
-    end: Any,
-    epilogue: Epilogue,
+    panels: Sequence[Any],
+    out: Any,
 ) -> None:
-    """Accumulate source[rows] x weights[group, panel] over words [begin, end), then finish.
+    """out[w * len(rows) + i] = source[rows[i]] x panel w, [.., panel] float32.
 
-    `rows` are row numbers of `source`; accumulators start at `bias[group, panel]` (or zero)
-    and are handed to `epilogue(rows, accumulators[row][vector])`.
+    Sums run over the words [begin, end) of the matrix in ascending order, whatever the number
+    of rows and panels: a result never depends on the tile that computed it. They start at the
+    bias when there is one.
     """
     vectors = em.isa.vectors
     # One buffer a row: TVM keeps a buffer on the stack, hence in registers, only below 1 KB.
-    acc = [T.alloc_buffer((vectors,), em.f32v) for _ in rows]
-    for i in range(len(rows)):
+    acc = [[T.alloc_buffer((vectors,), em.f32v) for _ in rows] for _ in panels]
+    for panel, sums in zip(panels, acc, strict=True):
         for j in range(vectors):
             start = em.splat(0.0)
-            if bias is not None:
+            if matrix.bias is not None:
                 at = em.ramp(i64(j * em.lanes))
-                start = tirx.BufferLoad(bias, [group, panel, at])
-            T.buffer_store(acc[i], start, [j])
-    with loop(end, begin) as k:
-        if panels.dtype == "bfloat16" and not operand.pairs:
-            _step_halves(em, panels, weights, group, panel, source, rows, acc, k)
+                start = em.bind(tirx.BufferLoad(matrix.bias, [matrix.group, panel, at]))
+            for one in sums:
+                T.buffer_store(one, start, [j])
+    with loop(i64(matrix.end), i64(matrix.begin)) as k:
+        if matrix.panels.dtype == "bfloat16" and not operand.pairs:
+            _step_halves(em, matrix, source, rows, panels, acc, k)
         else:
-            words = [_weight(em, weights, group, panel, k, j) for j in range(vectors)]
-            ready = [_operands(em, word, panels, operand.pairs)[0] for word in words]
-            for i, row in enumerate(rows):
-                a = em.bind(tirx.Broadcast(tirx.BufferLoad(source, [row, k]), em.lanes))
-                for j in range(vectors):
-                    c = tirx.BufferLoad(acc[i], [j])
-                    if operand.pairs:
-                        T.buffer_store(acc[i], em.dot_bf16(c, ready[j], a), [j])
-                    else:
-                        T.buffer_store(acc[i], em.fma(ready[j], a, c), [j])
-    values = [[tirx.BufferLoad(acc[i], [j]) for j in range(vectors)] for i in range(len(rows))]
-    epilogue(rows, values)
+            _step(em, matrix, operand, source, rows, panels, acc, k)
+    for w, sums in enumerate(acc):
+        for i, one in enumerate(sums):
+            for j in range(vectors):
+                at = em.ramp(i64(j * em.lanes))
+                T.buffer_store(out, tirx.BufferLoad(one, [j]), [i64(w * len(rows) + i), at])
 
 
-def _weight(em: Emit, weights: Any, group: Any, panel: Any, k: Any, vector: int) -> Any:
-    return tirx.BufferLoad(weights, [group, panel, k, em.ramp(i64(vector * em.lanes))])
+def _weight(em: Emit, matrix: Matrix, panel: Any, k: Any, vector: int) -> Any:
+    at = em.ramp(i64(vector * em.lanes))
+    return tirx.BufferLoad(matrix.weights, [matrix.group, panel, k, at])
+
+
+def _step(
+    em: Emit,
+    matrix: Matrix,
+    operand: Operand,
+    source: Any,
+    rows: Sequence[Any],
+    panels: Sequence[Any],
+    acc: Sequence[Sequence[Any]],
+    k: Any,
+) -> None:
+    """One word of K: all vectors of a panel, then row by row."""
+    splats = [em.bind(tirx.Broadcast(tirx.BufferLoad(source, [r, k]), em.lanes)) for r in rows]
+    for panel, sums in zip(panels, acc, strict=True):
+        words = [_weight(em, matrix, panel, k, j) for j in range(em.isa.vectors)]
+        ready = [_operands(em, word, matrix.panels, operand.pairs)[0] for word in words]
+        for a, one in zip(splats, sums, strict=True):
+            for j, w in enumerate(ready):
+                old = tirx.BufferLoad(one, [j])
+                new = em.dot_bf16(old, w, a) if operand.pairs else em.fma(w, a, old)
+                T.buffer_store(one, new, [j])
 
 
 def _step_halves(
     em: Emit,
-    panels: Panels,
-    weights: Any,
-    group: Any,
-    panel: Any,
+    matrix: Matrix,
     source: Any,
     rows: Sequence[Any],
-    acc: Sequence[Any],
+    panels: Sequence[Any],
+    acc: Sequence[Sequence[Any]],
     k: Any,
 ) -> None:
     """bfloat16 weights against float32 rows: two multiply-adds a word, vector by vector so
     that only two widened vectors are alive at a time."""
-    for j in range(em.isa.vectors):
-        halves = _operands(em, _weight(em, weights, group, panel, k, j), panels, False)
-        for half, w in enumerate(halves):
-            for i, row in enumerate(rows):
-                a = tirx.Broadcast(tirx.BufferLoad(source, [row, k * 2 + half]), em.lanes)
-                c = tirx.BufferLoad(acc[i], [j])
-                T.buffer_store(acc[i], em.fma(w, a, c), [j])
-
-
-def row_blocks(em: Emit, begin: Any, end: Any, body: Callable[[Any, int], None]) -> None:
-    """Cover rows [begin, end) with tiles: `body(first row, number of rows)` for every size.
-
-    Tiles are as few as the register file allows and of nearly equal size (8 rows are 4 + 4,
-    not 6 + 2): a small tile has too few independent sums to keep the multipliers busy.
-    """
-    size = em.isa.rows
-    total = em.bind(end - begin)
-    count = em.bind(tirx.floordiv(total + i64(size - 1), i64(size)))
-    base = em.bind(tirx.floordiv(total, tirx.Max(count, i64(1))))
-    larger = em.bind(total - base * count)  # so many tiles have one row more
-    with loop(count) as block:
-        first = em.bind(begin + block * base + tirx.Min(block, larger))
-        rows = em.bind(base + tirx.Select(block < larger, i64(1), i64(0)))
-        for number in range(1, size + 1):
-            with when(tirx.EQ(rows, i64(number))):
-                body(first, number)
+    for panel, sums in zip(panels, acc, strict=True):
+        for j in range(em.isa.vectors):
+            word = _weight(em, matrix, panel, k, j)
+            for half, w in enumerate(_operands(em, word, matrix.panels, False)):
+                for row, one in zip(rows, sums, strict=True):
+                    a = tirx.Broadcast(tirx.BufferLoad(source, [row, k * 2 + half]), em.lanes)
+                    T.buffer_store(one, em.fma(w, a, tirx.BufferLoad(one, [j])), [j])

@@ -1,0 +1,126 @@
+"""Cover rows x panels with register tiles: which tile where, and one epilogue for all of them.
+
+Many rows: tiles of one panel, as few as the register file allows and of nearly equal height
+(8 rows are 4 + 4, not 6 + 2), because a small tile has too few independent sums to keep the
+multipliers busy. Few rows: the work is reading weights, and a core reads several streams
+faster than one, so a tile takes several panels at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .emit import Emit, i64
+from .kernel import loop, scalar, when
+from .tiles import Matrix, Operand, tile
+
+_STREAMS = 4  # panels read side by side at most; more gained nothing
+
+# finish(row, panel, vectors): what is done with the sums of one row and one panel.
+Finish = Callable[[Any, Any, Sequence[Any]], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows [first, last) to cover; `source(row)` is where a row's activations lie.
+
+    `most` is the largest number of rows there can be, when that is known.
+    """
+
+    first: Any
+    last: Any
+    source: Callable[[Any], Any]
+    most: int | None = None
+
+
+def scratch(em: Emit) -> Any:
+    """The buffer that tiles leave their sums in; one for each task, outside of its loops."""
+    return T.alloc_buffer((em.isa.rows, em.isa.panel), "float32")
+
+
+def plan(height: int) -> dict[int, tuple[int, int]]:
+    """Number of rows -> (rows of a tile, panels of a tile), where that is not one panel.
+
+    `height` is the register file's limit on rows x panels.
+    """
+    table = {}
+    for count in range(1, height):
+        parts = next(n for n in (1, 2, count) if count % n == 0 and count // n <= height // 2)
+        rows = count // parts
+        panels = min(_STREAMS, height // rows)
+        # Reading a panel again for the second half of the rows must save another stream.
+        if panels > parts:
+            table[count] = rows, panels
+    return table
+
+
+def cover(
+    em: Emit,
+    matrices: Sequence[Matrix],
+    operand: Operand,
+    source: Any,
+    panels: tuple[Any, Any],
+    rows: Rows,
+    sums: Any,
+    finish: Finish,
+) -> None:
+    """Every row of `rows` times every panel in [begin, end) of each matrix, then `finish`.
+
+    `matrices` are blocks of K of one matrix: a block of a panel stays in the cache while all
+    rows pass it.
+    """
+    begin, end = panels
+    height = em.isa.rows
+    table = {n: t for n, t in plan(height).items() if rows.most is None or n <= rows.most}
+    total = em.bind(rows.last - rows.first)
+    tall: Any = i64(height)
+    wide: Any = i64(1)
+    for count, (tile_rows, tile_panels) in table.items():
+        here = tirx.EQ(total, i64(count))
+        tall = tirx.Select(here, i64(tile_rows), tall)
+        wide = tirx.Select(here, i64(tile_panels), wide)
+    tall, wide = _opaque(em, tall), _opaque(em, wide)
+    count = _opaque(em, tirx.floordiv(total + tall - i64(1), tall))
+    base = _opaque(em, tirx.floordiv(total, tirx.Max(count, i64(1))))
+    larger = em.bind(total - base * count)  # so many tiles have one row more
+    shapes = _shapes(height, table, rows.most)
+    groups = _opaque(em, tirx.floordiv(end - begin, wide))  # what is left goes one by one
+    single = em.bind(begin + groups * wide)
+    with loop(em.bind(groups + end - single)) as step:
+        whole = step < groups
+        panel = _opaque(em, tirx.Select(whole, begin + step * wide, single + step - groups))
+        width = _opaque(em, tirx.Select(whole, wide, i64(1)))
+        for matrix in matrices:
+            with loop(count) as block:
+                first = em.bind(rows.first + block * base + tirx.Min(block, larger))
+                number = _opaque(em, base + tirx.Select(block < larger, i64(1), i64(0)))
+                for r, w in shapes:
+                    with when(tirx.And(tirx.EQ(number, i64(r)), tirx.EQ(width, i64(w)))):
+                        sources = [em.bind(rows.source(first + i)) for i in range(r)]
+                        tile(em, matrix, operand, source, sources,
+                             [panel + i for i in range(w)], sums)  # fmt: skip
+                with loop(width) as w, loop(number) as i:
+                    at = em.bind(w * number + i)
+                    values = [
+                        em.bind(em.load(sums, [at, i64(j * em.lanes)], "float32"))
+                        for j in range(em.isa.vectors)
+                    ]
+                    finish(em.bind(first + i), em.bind(panel + w), values)
+
+
+def _opaque(em: Emit, value: Any) -> Any:
+    """A value that TVM does not look into: its simplifier takes minutes over such quotients."""
+    return em.bind(tirx.BufferLoad(scalar("int64", value), [0]))
+
+
+def _shapes(
+    height: int, table: dict[int, tuple[int, int]], most: int | None
+) -> list[tuple[int, int]]:
+    """Every (rows, panels) that a tile may have."""
+    single = {(r, 1) for r in range(1, min(height, most or height) + 1)}
+    return sorted(single | set(table.values()))
