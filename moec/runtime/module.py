@@ -13,24 +13,27 @@ using a model; there, the thread that forked works alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import host
-from ..artifact import Artifact, Target, Verify
+from ..artifact import Artifact, Function, Target, Verify
 from ..artifact import Block as BlockEntry
 from ..errors import InputError, MoecError, TargetError, UsageError
-from ..spec import MoESpec
+from ..spec import ExpertsSpec, MoESpec
+from . import cuda
 from .binding import Binding
 from .call import Call
+from .gpu_binding import GpuBinding
+from .gpu_call import GpuCall
 from .libraries import Library
 from .tensors import view
 
 _MOST_THREADS = 4096
-_RUNNABLE = ("cpu",)
+_RUNNABLE = ("cpu", "cuda")
 
 
 def load(
@@ -41,7 +44,7 @@ def load(
     threads: int | None = None,
     verify: Verify | str = Verify.FULL,
 ) -> Model:
-    """Load the artifact at `path` for `device` ("cpu").
+    """Load the artifact at `path` for `device` ("cpu", "cuda:0").
 
     `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
     is how many parts a call is split into, by default the cores that this process may use;
@@ -54,6 +57,9 @@ def load(
     parts = _threads(threads)
     artifact = Artifact.open(path, verify)
     name = _choose_target(artifact, device)
+    gpu = _gpu(device)
+    if gpu is not None:
+        cuda.prepare()  # before the library: it needs the CUDA half of the runtime
     workers = min(parts, host.cores())
     try:
         library = Library(artifact.file(artifact.manifest.targets[name].library))
@@ -64,7 +70,7 @@ def load(
             "the library cannot be loaded", where=error.message, hint="compile the artifact again"
         ) from None
     binding = Binding(artifact, name, library, checkpoint, workers)
-    return Model(artifact, name, library, binding, (parts, workers))
+    return Model(artifact, name, library, binding, (parts, workers), gpu)
 
 
 class Model:
@@ -77,14 +83,23 @@ class Model:
         library: Library,
         binding: Binding,
         threads: tuple[int, int],
+        gpu: int | None = None,
     ) -> None:
         self.path: Path = artifact.path
         self.target = target
         self.digest = artifact.manifest.digest
         self.threads = threads[0]
+        memory = None if gpu is None else GpuBinding(binding, gpu)
+
+        def call(entry: BlockEntry, name: str, function: Function, spec: ExpertsSpec) -> Call:
+            if memory is None or gpu is None:
+                return Call(
+                    name, function, library, lambda: binding.parameters(entry), spec, threads
+                )
+            return GpuCall(name, function, library, lambda: memory.parameters(entry), spec, gpu)
+
         self._blocks = {
-            entry.layer: Block(artifact, target, entry, library, binding, threads)
-            for entry in artifact.manifest.blocks
+            entry.layer: Block(artifact, target, entry, call) for entry in artifact.manifest.blocks
         }
 
     @property
@@ -126,23 +141,14 @@ class Block:
         artifact: Artifact,
         target: str,
         entry: BlockEntry,
-        library: Library,
-        binding: Binding,
-        threads: tuple[int, int],
+        call: Callable[[BlockEntry, str, Function, ExpertsSpec], Call],
     ) -> None:
         self.layer = entry.layer
         self.spec: MoESpec = artifact.manifest.shapes[entry.shape].spec
         self._where = str(artifact.path)
         compiled = artifact.manifest.targets[target].shapes[entry.shape]
         self._calls = {
-            name: Call(
-                name,
-                function,
-                library,
-                lambda: binding.parameters(entry),
-                self.spec.experts,
-                threads,
-            )
+            name: call(entry, name, function, self.spec.experts)
             for name, function in compiled.functions.items()
         }
 
@@ -240,7 +246,7 @@ def _choose_target(artifact: Artifact, device: str) -> str:
             need=f"one of its targets: {held}; this runtime runs {', '.join(_RUNNABLE)}",
             hint="load it on a device that it was compiled for, or compile it for this one",
         )
-    reasons = {name: host.missing(target.requires) for name, target in fitting.items()}
+    reasons = {name: _missing(target, device) for name, target in fitting.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     if not usable:
         raise TargetError(
@@ -250,6 +256,19 @@ def _choose_target(artifact: Artifact, device: str) -> str:
             hint="compile it on this machine, or for a lower target such as cpu:x86-64-v3",
         )
     return max(usable, key=lambda name: _preference(name, fitting[name], artifact))
+
+
+def _gpu(device: str) -> int | None:
+    """The number of a CUDA device ("cuda" is the first), None for the CPU."""
+    kind, _, index = device.partition(":")
+    return int(index or 0) if kind == "cuda" else None
+
+
+def _missing(target: Target, device: str) -> str | None:
+    reason, gpu = host.missing(target.requires), _gpu(device)
+    if reason is None and gpu is not None:
+        return cuda.missing(str(target.requires.get("gpu")), gpu)
+    return reason
 
 
 def _preference(name: str, target: Target, artifact: Artifact) -> tuple[bool, int, str]:

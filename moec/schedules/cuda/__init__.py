@@ -143,7 +143,7 @@ def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
 
 
 def _requires(target: Target) -> dict[str, Any]:
-    return {"os": target.os, "arch": target.arch, "features": [], "device": target.isa}
+    return {"os": target.os, "arch": target.arch, "features": [], "gpu": target.isa}
 
 
 BACKEND = Backend("cuda", SCHEDULES, _open, _packing, _build, _requires, entry)
