@@ -75,7 +75,7 @@ def decode_variant(s: Shape, tag: str, one: decode.DecodeConfig, two: decode.Dec
     return Variant(tag, 1, 9, launches, (a, b))
 
 
-def grouped_variant(s: Shape, tag: str, low: int, high: int, module: Any, one: Any, two: Any, rows: int, blocks: bool) -> Variant:
+def grouped_variant(s: Shape, tag: str, low: int, high: int, module: Any, one: Any, two: Any, rows: int, blocks: bool, grain: int = 0) -> Variant:
     """Sort, two matmuls, sum."""
     first, second = _matmuls(s)
     kernels = []
@@ -86,7 +86,7 @@ def grouped_variant(s: Shape, tag: str, low: int, high: int, module: Any, one: A
         kernels.append(c)
         launches.append(Launch(c, ("topk_ids", "counts")))
         counts = "counts"
-    z = sort.sort(f"{tag}_sort", s.E, s.K, rows, blocks)
+    z = sort.sort(f"{tag}_sort", s.E, s.K, rows, blocks, grain)
     a = module.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
     b = module.down(f"{tag}_dn", second, two, SMS)
     f = finish.finish(f"{tag}_fin", finish.Finish(s.E, s.K, s.H, "bfloat16", "bfloat16"))
@@ -105,23 +105,21 @@ def variants(s: Shape) -> list[Variant]:
     C = decode.DecodeConfig
     one, two = decode.chunks_of(s.H), decode.chunks_of(s.I)
     out = []
-    for budget1, budget2, c1, c2, ahead in (
-        (176, 192, one, two, 3), (104, 100, one, two, 3), (176, 192, one, two, 2), (112, 192, one, two, 4),
-        (176, 192, one, max(1, two // 2), 4), (176, 100, one, two, 3),
-    ):  # fmt: skip
+    for budget1, budget2, c1, c2, ahead in ((176, 192, one, two, 3), (176, 100, one, two, 3)):
         st1, st2 = max(2, budget1 // (2 * c1)), max(2, budget2 // (2 * c2))
         name = f"dec_{budget1}_{budget2}_{c2}_{ahead}"
         out.append(decode_variant(s, name, C(c1, st1), C(c2, st2, ahead)))
     S = stream.StreamConfig
-    for rows, step, depth, stages, low, high in (
-        (8, 0, 1, 0, 1, 64), (16, 0, 1, 0, 1, 257), (32, 0, 1, 0, 64, 513), (32, 0, 2, 0, 64, 513),
-        (32, 0, 1, 8, 64, 257), (32, 0, 1, 5, 64, 257), (64, 16, 1, 0, 128, 1025),
-        (128, 32, 1, 0, 256, 4097), (256, 32, 1, 0, 512, 1 << 30), (192, 32, 1, 0, 1024, 1 << 30),
+    W = tuple(range(16, 129, 16))
+    for name, cfg, low, high, grain in (
+        ("str8", S(8), 1, 17, 0), ("str16", S(16, stages=8), 1, 65, 0),
+        ("str32", S(32, stages=8), 32, 257, 0), ("str64", S(64, W[:4]), 128, 1025, 16),
+        ("str128", S(128, W), 256, 2049, 16),
+        ("sw64", S(64, W[:4], 2), 128, 1025, 16), ("sw128", S(128, W, 2), 256, 1 << 30, 16),
+        ("sw160", S(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 512, 1 << 30, 16),
     ):  # fmt: skip
-        cfg = S(rows, step, depth, stages)
         blocks = high > 1000
-        name = f"str{rows}_{step}_{depth}_{stages}"
-        out.append(grouped_variant(s, name, low, high, stream, cfg, cfg, rows, blocks))
+        out.append(grouped_variant(s, name, low, high, stream, cfg, cfg, cfg.rows, blocks, grain))
     P = prefill.PrefillConfig
     for cols in (256, 192, 128):
         cfg = P(cols, {256: 4, 192: 5, 128: 6}[cols])

@@ -68,13 +68,13 @@ def _plain(spec: MoESpec, target: Target) -> str | None:
     return _any(spec, target)
 
 
-def _stream(rows: int, low: int, high: int, blocks: bool = False, step: int = 0) -> Schedule:
-    config = StreamConfig(rows, step)
+def _stream(config: StreamConfig, low: int, high: int, blocks: bool = False) -> Schedule:
+    grain = 16 if config.widths else 0
     return Schedule(
-        f"stream{rows}", "cuda",
-        f"every weight byte once, tiles of at most {rows} tokens on the N side of wgmma",
-        _FOLDED, CudaConfig("stream", config, config, rows, blocks), TokenRange(low, high), True,
-        _tensor_cores,
+        f"stream{config.rows}", "cuda",
+        f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
+        _FOLDED, CudaConfig("stream", config, config, config.rows, grain, blocks),
+        TokenRange(low, high), True, _tensor_cores,
     )  # fmt: skip
 
 
@@ -89,12 +89,12 @@ SCHEDULES = {
             (*_FOLDED, IndexExperts), CudaConfig("decode", few=True), TokenRange(0, 9), True,
             _decode,
         ),
-        _stream(16, 9, 48),
-        _stream(32, 48, 200),
-        _stream(64, 200, 700, step=16),
+        _stream(StreamConfig(16, stages=8), 9, 48),
+        _stream(StreamConfig(32, stages=8), 48, 200),
+        _stream(StreamConfig(64, (16, 32, 48, 64)), 200, 700),
         Schedule(
             "prefill", "cuda", "persistent warp-specialised wgmma, tiles of 128 tokens",
-            _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, True), TokenRange(700), True,
+            _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, blocks=True), TokenRange(700), True,
             _tensor_cores,
         ),
         Schedule(

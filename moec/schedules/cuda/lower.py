@@ -35,6 +35,7 @@ class CudaConfig:
     first: Any = None
     second: Any = None
     tile_rows: int = 64
+    grain: int = 0
     blocks: bool = False
     few: bool = False
 
@@ -163,7 +164,7 @@ class _Table:
                 "count", (), lambda s: sort_kernel.count(s, e.num_experts, e.top_k)
             )
             counts = self.own.call(bb, counter, [ids], ids.ty.shape[0])[0]
-        key = (config.tile_rows, config.blocks)
+        key = (config.tile_rows, config.blocks, config.grain)
         kernel = self.own.kernel(
             "sort", key, lambda s: sort_kernel.sort(s, e.num_experts, e.top_k, *key)
         )

@@ -34,8 +34,13 @@ def buffers(experts: int, top_k: int) -> tuple[Buf, ...]:
     )
 
 
-def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) -> Kernel:
+def sort(
+    symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool, grain: int = 0
+) -> Kernel:
     """The sort for matmul tiles of at most `tile_rows` rows.
+
+    The rows of an expert are divided evenly among its tiles in multiples of `grain`, which
+    divides tile_rows (0: tiles are full but for the last one).
 
     Without `blocks` one block sorts all rows. With it the kernel also reads `counts`
     [blocks of rows, E+1], as `count` made them.
@@ -43,6 +48,7 @@ def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) ->
     E, K, BM, MULTI = experts, top_k, tile_rows, blocks
     N = E + 1
     CHUNKS = -(-N // 32)
+    GRAIN = grain or BM
     MATCH, MATCH_SRC = match((E + 1).bit_length())
     ROWS = BLOCK_ROWS
 
@@ -168,10 +174,13 @@ def sort(symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool) ->
                 OFFS[tid] = base
                 tile: T.int32 = scan[1, tid] + total[1, 32 + wid]
                 if tid < E:
+                    # as even as multiples of GRAIN allow; at most BM, as GRAIN divides BM
+                    some: T.int32 = T.max(own[1], 1)
+                    span_: T.int32 = ((mine + some - 1) // some + GRAIN - 1) // GRAIN * GRAIN
                     for j in T.serial(own[1]):
                         TILES[(tile + j) * 4] = tid
-                        TILES[(tile + j) * 4 + 1] = base + j * BM
-                        TILES[(tile + j) * 4 + 2] = T.min(BM, mine - j * BM)
+                        TILES[(tile + j) * 4 + 1] = base + j * span_
+                        TILES[(tile + j) * 4 + 2] = T.min(span_, mine - j * span_)
                         TILES[(tile + j) * 4 + 3] = 0
                 else:
                     COUNT[0] = tile

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
@@ -20,39 +21,47 @@ from .shapes import Matmul
 
 _TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
-BM, BK = 128, 64
+BK = 64
 THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
 SHARED_LIMIT = 227 * 1024
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """`rows` tokens a tile at most (8 to 256), `step` in which a tile's width follows its rows.
+    """Tiles of 128 * `blocks` weight rows by up to `rows` tokens.
 
-    `depth` K blocks of 64 a stage, ring `stages` (0: all that fit); `lag` stages of gathered
-    tokens are in flight before the oldest is handed over.
+    `widths`: the N of wgmma for which there is code, ascending up to `rows` (empty: only
+    `rows`); a tile takes the narrowest that holds its tokens. `depth` K blocks of 64 a stage,
+    ring `stages` (0: all that fit); `lag` stages of gathered tokens are in flight before the
+    oldest is handed over.
     """
 
     rows: int = 16
-    step: int = 0
+    widths: tuple[int, ...] = ()
+    blocks: int = 1
     depth: int = 1
     stages: int = 0
     lag: int = 4
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The N of wgmma for which code exists, ascending."""
-        return tuple(range(self.step or self.rows, self.rows + 1, self.step or self.rows))
+    def __post_init__(self) -> None:
+        widths = self.widths or (self.rows,)
+        if widths[-1] != self.rows or len(widths) > 8 or any(w % 8 for w in widths):
+            raise TargetError(f"stream: widths {widths} do not lead up to {self.rows} by eights")
+        if self.blocks * self.rows > 320:
+            raise TargetError("stream: the accumulators of a tile do not fit the registers")
+        if self.ring() < 3:
+            raise TargetError("stream: three stages do not fit the shared memory")
 
     @property
     def part(self) -> int:
         """Tokens that the transposing buffer holds at a time."""
-        return min(self.rows, 64)
+        return next(p for p in (64, 32, 16, 8) if self.rows % p == 0)
 
     def ring(self) -> int:
         """Stages of the ring."""
-        room = SHARED_LIMIT - 2 * self.part * 144 - 1024
-        return self.stages or min(12, room // (self.depth * (BM + self.rows) * BK * 2 + 16))
+        room = SHARED_LIMIT - 2 * self.part * 144 - 512
+        stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
+        return self.stages or min(12, room // stage)
 
 
 def gate_up(
@@ -77,17 +86,19 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     PAIR, BIAS, DT = shape.gated and FIRST, shape.bias, shape.dtype
     SHORT = "bf16" if DT == "bfloat16" else "f16"
     N, D, ST, LAG = config.rows, config.depth, config.ring(), min(config.lag, config.ring() - 2)
+    MB = config.blocks
+    BM = 128 * MB
     NOUT = BM // 2 if PAIR else BM            # outputs of a tile
-    WOUT = NOUT // 2                          # of a warpgroup
+    WOUT = 32 if PAIR else 64                 # of 64 weight rows
     PITCH = WOUT + 8                          # 16-bit words between tokens: free of conflicts
     NB = -(-COLS // NOUT)
     KB = -(-K // (BK * D))
     EARLY = min(ST, KB)                       # stages whose weights are loaded before the wait
     PART = config.part
     PARTS = N // PART
-    WIDTHS = config.widths
+    WIDTHS = config.widths or (N,)
     NV = len(WIDTHS)
-    NACC = N // 2
+    NACC = MB * N // 2
     ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
     PBYTES = D * PART * BK * 2                # of one box of tokens
     FULL = 4 if FIRST else 1
@@ -121,7 +132,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, PART, 1, 1, 0, 3, 3, 0)
         A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if PAIR:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8, 2, COLS // 8, E, K * 2, COLS * K * 2, 8 * K * 2, 2 * COLS * K * 2, BK, 8, 2, 8, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8, 2, COLS // 8, E, K * 2, COLS * K * 2, 8 * K * 2, 2 * COLS * K * 2, BK, 8, 2, 8 * MB, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
         else:
             T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 3, w_p, K, COLS, E, K * 2, COLS * K * 2, BK, BM, 1, 1, 1, 1, 0, 3, 3, 0)
 
@@ -183,7 +194,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         def weights(k):
             for d in T.unroll(D):
                 if PAIR:
-                    T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * 8, e, full.ptr_to([stage]))
+                    T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * 8 * MB, e, full.ptr_to([stage]))
                 else:
                     T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
 
@@ -299,7 +310,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             wgi: T.int32 = wid // 4
             w4: T.int32 = wid % 4
             wt = T.meta_var(tid % 128)
-            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64, 0]), 1, 64, 3)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64 * MB, 0]), 1, 64, 3)
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0, 0]), 1, 64, 3)
             prev: T.int32 = 0
             steps: T.int32 = opaque(KB)
@@ -315,10 +326,11 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     wait(full.ptr_to([stage]), phase)
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(D * BK // 16):
-                        T.ptx[mma.format(width)](*[acc[i] for i in range(width // 2)],
-                            dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + kk % 4 * 2),
-                            dB + T.Cast("uint64", stage * (BBYTES // 16) + kk // 4 * (N * BK * 2 // 16) + kk % 4 * 2),
-                            (k + kk) != 0, 1, 1, 0, 0)
+                        for mb in T.unroll(MB):
+                            T.ptx[mma.format(width)](*[acc[mb * (N // 2) + i] for i in range(width // 2)],
+                                dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + mb * (64 * BK * 2 // 16) + kk % 4 * 2),
+                                dB + T.Cast("uint64", stage * (BBYTES // 16) + kk // 4 * (N * BK * 2 // 16) + kk % 4 * 2),
+                                (k + kk) != 0, 1, 1, 0, 0)
                     T.ptx.wgmma.commit_group.sync.aligned()
                     if k > 0:
                         T.ptx.wgmma.wait_group.sync.aligned(1)
@@ -333,7 +345,13 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 if NV == 1:
                     multiply(N)
                 else:
-                    pick: T.int32 = (rows - 1) // WIDTHS[0]
+                    pick: T.int32 = T.Cast("int32", rows > WIDTHS[0])
+                    pick += T.Cast("int32", rows > WIDTHS[min(1, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(2, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(3, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(4, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(5, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(6, NV - 1)])
                     if pick == 0:
                         multiply(WIDTHS[0])
                     if NV > 1:
@@ -357,65 +375,66 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if NV > 7:
                         if pick == 7:
                             multiply(WIDTHS[min(7, NV - 1)])
-                # bias of the rows that this lane holds: gate and up, or rows g and g + 8
-                if BIAS:
-                    out0: T.int32
-                    if PAIR:
-                        out0 = n * NOUT + (wgi * 4 + w4) * 8 + lane // 4
-                    else:
-                        out0 = n * NOUT + (wgi * 4 + w4) * 16 + lane // 4
-                    for i in T.unroll(2):
-                        bb[i] = T.float32(0)
-                    if out0 < COLS:
-                        bb[0] = BIASV[e * WROWS + out0]
+                for mb in T.unroll(MB):
+                    # bias of the rows that this lane holds: gate and up, or rows g and g + 8
+                    if BIAS:
+                        out0: T.int32
                         if PAIR:
-                            bb[1] = BIASV[e * WROWS + COLS + out0]
-                    if not PAIR:
-                        if out0 + 8 < COLS:
-                            bb[1] = BIASV[e * WROWS + out0 + 8]
-                for part in T.unroll(PARTS):
-                    if part == 0 or part * PART < rows:
-                        for b in T.unroll(PART // 8):
-                            for f in T.unroll(FRAG):
-                                for i in T.unroll(2):
-                                    a = T.meta_var(part * (PART // 2) + b * 4 + i)
-                                    if PAIR:
-                                        if BIAS:
-                                            vv[i] = T.cuda.func_call(ACT, acc[a] + bb[0], acc[a + 2] + bb[1], source_code=ACT_SRC, return_type="float32")
-                                        else:
-                                            vv[i] = T.cuda.func_call(ACT, acc[a], acc[a + 2], source_code=ACT_SRC, return_type="float32")
-                                    else:
-                                        vv[i] = acc[a + f * 2]
-                                        if BIAS:
-                                            vv[i] = vv[i] + bb[f]
-                                        if FIRST:
-                                            vv[i] = T.cuda.func_call(ACT, vv[i], vv[i], source_code=ACT_SRC, return_type="float32")
-                                T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
-                        # every thread of the warpgroup has read the rows that were there
-                        T.cuda.warpgroup_sync(wgi + 1)
-                        if PAIR:
-                            for s in T.unroll(X4):
-                                T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
-                            if X2 == 1:
-                                T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
-                            if X1 == 1:
-                                T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
+                            out0 = n * NOUT + ((wgi * MB + mb) * 4 + w4) * 8 + lane // 4
                         else:
-                            for s in T.unroll(X4):
-                                T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
-                            if X2 == 1:
-                                T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
-                        T.cuda.warpgroup_sync(wgi + 1)
-                        for p in T.unroll(OTURNS):
-                            at = T.meta_var(p * 128 + wt)
-                            token = T.meta_var(at // OUTP)
-                            col = T.meta_var(n * NOUT + wgi * WOUT + at % OUTP * 8)
-                            if token < PART and part * PART + token < rows and col < COLS:
-                                to: T.int32 = row0 + part * PART + token
-                                if not FIRST:
-                                    to = fresh(ORDER, row0 + part * PART + token)
-                                T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
-                                T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
+                            out0 = n * NOUT + ((wgi * MB + mb) * 4 + w4) * 16 + lane // 4
+                        for i in T.unroll(2):
+                            bb[i] = T.float32(0)
+                        if out0 < COLS:
+                            bb[0] = BIASV[e * WROWS + out0]
+                            if PAIR:
+                                bb[1] = BIASV[e * WROWS + COLS + out0]
+                        if not PAIR:
+                            if out0 + 8 < COLS:
+                                bb[1] = BIASV[e * WROWS + out0 + 8]
+                    for part in T.unroll(PARTS):
+                        if part == 0 or part * PART < rows:
+                            for b in T.unroll(PART // 8):
+                                for f in T.unroll(FRAG):
+                                    for i in T.unroll(2):
+                                        a = T.meta_var(mb * (N // 2) + part * (PART // 2) + b * 4 + i)
+                                        if PAIR:
+                                            if BIAS:
+                                                vv[i] = T.cuda.func_call(ACT, acc[a] + bb[0], acc[a + 2] + bb[1], source_code=ACT_SRC, return_type="float32")
+                                            else:
+                                                vv[i] = T.cuda.func_call(ACT, acc[a], acc[a + 2], source_code=ACT_SRC, return_type="float32")
+                                        else:
+                                            vv[i] = acc[a + f * 2]
+                                            if BIAS:
+                                                vv[i] = vv[i] + bb[f]
+                                            if FIRST:
+                                                vv[i] = T.cuda.func_call(ACT, vv[i], vv[i], source_code=ACT_SRC, return_type="float32")
+                                    T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
+                            # every thread of the warpgroup has read the rows that were there
+                            T.cuda.warpgroup_sync(wgi + 1)
+                            if PAIR:
+                                for s in T.unroll(X4):
+                                    T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                                if X2 == 1:
+                                    T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                                if X1 == 1:
+                                    T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
+                            else:
+                                for s in T.unroll(X4):
+                                    T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                                if X2 == 1:
+                                    T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                            T.cuda.warpgroup_sync(wgi + 1)
+                            for p in T.unroll(OTURNS):
+                                at = T.meta_var(p * 128 + wt)
+                                token = T.meta_var(at // OUTP)
+                                col = T.meta_var(n * NOUT + (wgi * MB + mb) * WOUT + at % OUTP * 8)
+                                if token < PART and part * PART + token < rows and col < COLS:
+                                    to: T.int32 = row0 + part * PART + token
+                                    if not FIRST:
+                                        to = fresh(ORDER, row0 + part * PART + token)
+                                    T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
+                                    T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
                 tile += sms
     # fmt: on
     return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)
