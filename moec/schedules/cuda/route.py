@@ -133,8 +133,6 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                 for k in T.unroll(2):
                     argmax(left, VPL, E)
                     chosen: T.int32 = where
-                    if lane == 0:
-                        choice[wid, 0] = T.float32(0)
                     for i in T.unroll(VPL):
                         if i * 32 + lane == chosen:
                             choice[wid, 0] = v[i]

@@ -59,7 +59,7 @@ class StreamConfig:
 
     def ring(self) -> int:
         """Stages of the ring."""
-        room = SHARED_LIMIT - 2 * self.part * 144 - 512
+        room = SHARED_LIMIT - 2 * self.part * 144 - 8 * self.rows - 256
         stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
         return self.stages or min(12, room // stage)
 
@@ -105,6 +105,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     TURNS = -(-N // 24)                       # a gathering warp takes 8 tokens of every 24
     OUTP = WOUT // 8                          # 16-byte pieces of a token's result
     OTURNS = -(-PART * OUTP // 128)
+    DTURNS = -(-N // 128)
     WROWS = COLS * (2 if PAIR else 1)
     FRAG = 1 if PAIR else 2                   # 8x8 results of a warp per 8 tokens
     mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
@@ -146,6 +147,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         As = pool.alloc((ST, D, BM, BK), DT, align=1024)
         Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
         Ds = pool.alloc((2, PART, PITCH), DT, align=16)
+        dst = pool.alloc((2, N if not FIRST else 1), "int32", align=16)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
         pool.commit()
@@ -170,18 +172,32 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         row0: T.int32
         rows: T.int32
         n: T.int32
+        next_e: T.int32
+        next_row0: T.int32
+        next_rows: T.int32
+        next_n: T.int32
 
         @T.inline
         def wait(bar, parity):
             T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
+        # The next tile is looked up while the current one is computed.
+        @T.inline
+        def look(which):
+            if which < total:
+                m: T.int32 = which // NB
+                next_n = which - m * NB
+                next_e = fresh(TILES, m * 4)
+                next_row0 = fresh(TILES, m * 4 + 1)
+                next_rows = fresh(TILES, m * 4 + 2)
+
         @T.inline
         def locate():
-            m: T.int32 = tile // NB
-            n = tile - m * NB
-            e = fresh(TILES, m * 4)
-            row0 = fresh(TILES, m * 4 + 1)
-            rows = fresh(TILES, m * 4 + 2)
+            n = next_n
+            e = next_e
+            row0 = next_row0
+            rows = next_rows
+            look(tile + sms)
 
         @T.inline
         def advance():
@@ -218,6 +234,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     else:
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.Cast("uint32", ABYTES + boxes * PBYTES))
 
+                look(tile)
                 if not FIRST:
                     if tile < total:
                         locate()
@@ -235,8 +252,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                             advance()
                         k0 = EARLY
                 while tile < total:
-                    locate()
-                    boxes = (rows + PART - 1) // PART
+                    if FIRST or k0 == 0:
+                        locate()
+                        boxes = (rows + PART - 1) // PART
                     for k in T.serial(k0, KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         expect()
@@ -254,6 +272,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 pst: T.int32 = 0
                 behind: T.int32 = 0
                 first: T.int32 = (wid - 8) * 8
+                look(tile)
                 while tile < total:
                     locate()
                     for p in T.unroll(TURNS):
@@ -300,6 +319,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     behind -= 1
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](200)
+            to_row = T.alloc_local((DTURNS,), "int32")
             acc = T.alloc_local((NACC,), "float32")
             hw = T.alloc_local((PART // 8 * FRAG,), "uint32")
             v = T.alloc_local((4,), "uint32")
@@ -340,8 +360,13 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
 
+            look(tile)
             while tile < total:
                 locate()
+                if not FIRST:
+                    for p in T.unroll(DTURNS):
+                        if p * 128 + wt < rows:
+                            to_row[p] = fresh(ORDER, row0 + p * 128 + wt)
                 if NV == 1:
                     multiply(N)
                 else:
@@ -375,6 +400,12 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if NV > 7:
                         if pick == 7:
                             multiply(WIDTHS[min(7, NV - 1)])
+                # where the tokens' rows go; the barrier before the first results orders this
+                if not FIRST:
+                    T.cuda.warpgroup_sync(wgi + 1)
+                    for p in T.unroll(DTURNS):
+                        if p * 128 + wt < N:
+                            dst[wgi, p * 128 + wt] = to_row[p]
                 for mb in T.unroll(MB):
                     # bias of the rows that this lane holds: gate and up, or rows g and g + 8
                     if BIAS:
@@ -432,7 +463,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                                 if token < PART and part * PART + token < rows and col < COLS:
                                     to: T.int32 = row0 + part * PART + token
                                     if not FIRST:
-                                        to = fresh(ORDER, row0 + part * PART + token)
+                                        to = dst[wgi, part * PART + token]
                                     T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
                                     T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
                 tile += sms
