@@ -141,7 +141,10 @@ def check(torch: Any, moec: Any, folder: Path) -> list[str]:
             where = f"T={t} {schedule}"
             ids, _ = block.route(x, schedule=schedule)
             same = (np.sort(ids.cpu().numpy(), axis=1) == want_ids).all(axis=1)
-            note((~same).sum() <= (0 if dtype == "float32" else t // 20), f"{where}: ids differ")
+            # Logits that are equal after rounding to bfloat16: torch may take either, here the
+            # lowest id wins. About one token in 40 has such a tie at the edge of its choice.
+            ties = 0 if dtype == "float32" else max(1, t // 20)
+            note((~same).sum() <= ties, f"{where}: ids differ")
             y = block(x, schedule=schedule).float().cpu().numpy()
             again = block(x, schedule=schedule).float().cpu().numpy()
             note(np.array_equal(y, again), f"{where}: not repeatable")

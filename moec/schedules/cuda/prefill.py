@@ -205,7 +205,7 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
                                     T.ptx["cp.async.cg.shared.global.L2::128B"](As.ptr_to([stage, p * 16 + pt // 8, ((pt % 8) ^ ((pt // 8) % 8)) * 8]), X.ptr_to([0, src[p] + k * BK]), 16)
                                 else:
                                     inside: T.int32 = T.if_then_else(k * BK + (pt % 8) * 8 < K, 16, 0)
-                                    T.ptx["cp.async.cg.shared.global.L2::128B"](As.ptr_to([stage, p * 16 + pt // 8, ((pt % 8) ^ ((pt // 8) % 8)) * 8]), X.ptr_to([0, src[p] + T.if_then_else(inside == 16, k * BK, 0)]), 16, inside)
+                                    T.ptx["cp.async.cg.shared.global.L2::128B"](As.ptr_to([stage, p * 16 + pt // 8, ((pt % 8) ^ ((pt // 8) % 8)) * 8]), X.ptr_to([0, src[p] + T.if_then_else(inside == 16, k * BK, 0)]), 16, T.Cast("uint32", inside))
                         T.ptx.cp.async_.commit_group()
                         if behind == LAG:
                             T.ptx.cp.async_.wait_group(LAG)

@@ -292,7 +292,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                                             T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), (k * D + d) * BK + lane % 8 * 8]), 16)
                                         else:
                                             inside: T.int32 = T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0)
-                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), T.if_then_else(inside == 16, (k * D + d) * BK + lane % 8 * 8, 0)]), 16, inside)
+                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), T.if_then_else(inside == 16, (k * D + d) * BK + lane % 8 * 8, 0)]), 16, T.Cast("uint32", inside))
                         T.ptx.cp.async_.commit_group()
                         if behind == LAG:
                             T.ptx.cp.async_.wait_group(LAG)
