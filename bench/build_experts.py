@@ -63,7 +63,9 @@ def _matmuls(s: Shape) -> tuple[Matmul, Matmul]:
     return first, Matmul(s.E, s.K, s.I, s.H, False, False, "bfloat16")
 
 
-def decode_variant(s: Shape, tag: str, one: decode.DecodeConfig, two: decode.DecodeConfig) -> Variant:
+def decode_variant(
+    s: Shape, tag: str, one: decode.DecodeConfig, two: decode.DecodeConfig
+) -> Variant:
     """Two launches."""
     first, second = _matmuls(s)
     a = decode.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
@@ -75,7 +77,18 @@ def decode_variant(s: Shape, tag: str, one: decode.DecodeConfig, two: decode.Dec
     return Variant(tag, 1, 9, launches, (a, b))
 
 
-def grouped_variant(s: Shape, tag: str, low: int, high: int, module: Any, one: Any, two: Any, rows: int, blocks: bool, grain: int = 0) -> Variant:
+def grouped_variant(
+    s: Shape,
+    tag: str,
+    low: int,
+    high: int,
+    module: Any,
+    one: Any,
+    two: Any,
+    rows: int,
+    blocks: bool,
+    grain: int = 0,
+) -> Variant:
     """Sort, two matmuls, sum."""
     first, second = _matmuls(s)
     kernels = []
@@ -130,7 +143,10 @@ def variants(s: Shape) -> list[Variant]:
 def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str, Any]:
     """Compile the variants of a shape into one library; returns its index entry."""
     x, y = Buf("x", (PerToken(), s.H), "bfloat16"), Buf("y", (PerToken(), s.H), "bfloat16")
-    ids, wts = (Buf(n, (PerToken(), s.K), d) for n, d in (("topk_ids", "int32"), ("topk_weights", "float32")))
+    ids, wts = (
+        Buf(n, (PerToken(), s.K), d)
+        for n, d in (("topk_ids", "int32"), ("topk_weights", "float32"))
+    )
     first, second = _matmuls(s)
     index: dict[str, Any] = {"shape": [s.E, s.K, s.H, s.I], "library": out.name, "variants": {}}
     functions: dict[str, Any] = {}
@@ -147,7 +163,12 @@ def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str
         functions[entry.symbol] = entry.func
         functions.update({k.symbol: k.func for k in v.kernels})
         dependent += [k.symbol for k in v.kernels]
-        index["variants"][v.name] = {"symbol": entry.symbol, "tokens": [v.low, v.high], "workspace": list(entry.workspace), "launches": len(v.launches)}
+        index["variants"][v.name] = {
+            "symbol": entry.symbol,
+            "tokens": [v.low, v.high],
+            "workspace": list(entry.workspace),
+            "launches": len(v.launches),
+        }
     with toolchain.compiling("sm_90a") as report:
         library = pipeline.build(tvm.IRModule(functions), "sm_90a", dependent)
         index["resources"] = {k: [r.registers, r.spills] for k, r in sorted(report.items())}

@@ -41,13 +41,31 @@ class Entries:
     def bind(self, symbol: str, tensors: list[Any]) -> Any:
         """A function of no arguments that runs `symbol` on the current stream."""
         abi, cuda, torch = self._abi, self._cuda, self._torch
-        names = {torch.bfloat16: (1, 16), torch.float32: (2, 32), torch.int32: (0, 32), torch.uint8: (1, 8)}
+        names = {
+            torch.bfloat16: (1, 16),
+            torch.float32: (2, 32),
+            torch.int32: (0, 32),
+            torch.uint8: (1, 8),
+        }
         keep, raw = [tensors], []
         for tensor in tensors:
             dims = abi.dims(tuple(tensor.shape))
             keep.append(dims)
             code, bits = names[tensor.dtype]
-            raw.append(abi.DLTensor(tensor.data_ptr(), cuda.DEVICE_TYPE, self._device, len(dims), code, bits, 1, ctypes.addressof(dims), None, 0))
+            raw.append(
+                abi.DLTensor(
+                    tensor.data_ptr(),
+                    cuda.DEVICE_TYPE,
+                    self._device,
+                    len(dims),
+                    code,
+                    bits,
+                    1,
+                    ctypes.addressof(dims),
+                    None,
+                    0,
+                )
+            )
         frame = abi.Frame(self._ffi, self._library.function(symbol), raw, [1], keep)
 
         def call() -> None:
@@ -115,7 +133,17 @@ def work(options: argparse.Namespace) -> None:
             print(json.dumps({"shape": name, "variant": variant, "T": T, **record}), flush=True)
 
 
-def one(torch: Any, options: Any, entries: Entries, info: dict[str, Any], refs: dict[Any, Any], dims: tuple[int, ...], T: int, gate_up: Any, down: Any) -> dict[str, Any]:
+def one(
+    torch: Any,
+    options: Any,
+    entries: Entries,
+    info: dict[str, Any],
+    refs: dict[Any, Any],
+    dims: tuple[int, ...],
+    T: int,
+    gate_up: Any,
+    down: Any,
+) -> dict[str, Any]:
     """Check, then time, one variant at one T."""
     E, K, H, I = dims
     fixed, per_token = info["workspace"]
@@ -159,13 +187,25 @@ def one(torch: Any, options: Any, entries: Entries, info: dict[str, Any], refs: 
     return record
 
 
-def timed(torch: Any, entries: Entries, info: dict[str, Any], dims: tuple[int, ...], T: int, gate_up: Any, down: Any, y: Any, space: Any) -> tuple[float, list[float]]:
+def timed(
+    torch: Any,
+    entries: Entries,
+    info: dict[str, Any],
+    dims: tuple[int, ...],
+    T: int,
+    gate_up: Any,
+    down: Any,
+    y: Any,
+    space: Any,
+) -> tuple[float, list[float]]:
     """Median time of a call in us over graph replays, and the least and most of the batches."""
     E, K, H, I = dims
     R = 16 if T <= 64 else 8 if T <= 1024 else 4
     xs = [torch.randn(T, H, device="cuda").to(torch.bfloat16) for _ in range(R)]
     routes = [routing(torch, T, E, K, "random", 1000 + r) for r in range(R)]
-    calls = [entries.bind(info["symbol"], [xs[r], *routes[r], gate_up, down, y, space]) for r in range(R)]
+    calls = [
+        entries.bind(info["symbol"], [xs[r], *routes[r], gate_up, down, y, space]) for r in range(R)
+    ]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls[0]()
@@ -261,12 +301,22 @@ def run(options: argparse.Namespace, jobs: list[dict[str, Any]]) -> list[dict[st
         if current:
             watchdog.cancel()
             message = " | ".join(tail[-4:])[-500:]
-            records.append({"shape": current[0], "variant": current[1], "T": current[2], "bad": [f"crash {child.returncode}: {message}"]})
+            records.append(
+                {
+                    "shape": current[0],
+                    "variant": current[1],
+                    "T": current[2],
+                    "bad": [f"crash {child.returncode}: {message}"],
+                }
+            )
             done.add(tuple(current))
         elif child.returncode:
             print("\n".join(tail[-15:]))
             break
-        jobs = [{**j, "T": [t for t in j["T"] if (j["shape"], j["variant"], t) not in done]} for j in jobs]
+        jobs = [
+            {**j, "T": [t for t in j["T"] if (j["shape"], j["variant"], t) not in done]}
+            for j in jobs
+        ]
         jobs = [j for j in jobs if j["T"]]
     return records
 

@@ -21,7 +21,7 @@ import numpy as np
 
 TOKENS = (0, 1, 2, 7, 33, 257)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
-TENSOR = ("gather", "stream16", "prefill", "simple")
+TENSOR = ("gather", "stream16", "stream64", "stream160", "prefill", "simple")
 # Variant "c": sizes that the two-launch schedule takes, which the tiny variants are too odd for.
 _WIDE = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 192}
 WIDE = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import MoecError
 
 if TYPE_CHECKING:
-    from .compiler import CompileOptions, Report, compile
+    from .compiler import CompileOptions, Report
+    from .compiler.compile import compile
     from .runtime import Block, Model, load
 
 __version__ = "0.1.0"

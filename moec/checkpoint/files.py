@@ -31,8 +31,8 @@ def is_plain_name(name: str) -> bool:
     """Whether `name` can only mean a file directly inside a directory, on any system."""
     return (
         name not in ("", ".", "..")
-        and not any(c in "/\\:" or ord(c) < 32 or ord(c) == 127 for c in name)
-        and pathlib.PurePosixPath(name).name == name
+        and name.isprintable()  # no control characters, and no lone surrogates
+        and not any(c in "/\\:" for c in name)
     )
 
 
@@ -57,12 +57,17 @@ def contained(root: pathlib.Path, name: str) -> pathlib.Path:
     except (FileNotFoundError, NotADirectoryError):
         raise BadCheckpoint(
             f"the file {name} is missing",
-            where=str(root),
-            need=str(path),
+            where=str(path),
+            need="the file itself, or a link to it that leads somewhere",
             hint="download the checkpoint again",
         ) from None
     except (OSError, RuntimeError) as error:
-        raise BadCheckpoint(f"{name} cannot be resolved: {error}", where=str(root)) from None
+        raise BadCheckpoint(
+            f"{name} cannot be resolved: {error}",
+            where=str(path),
+            need="a file that exists",
+            hint="download the checkpoint again",
+        ) from None
     in_cache = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
     if real.parent != home and not (path.is_symlink() and in_cache):
         raise BadCheckpoint(
@@ -86,12 +91,20 @@ def opened(path: pathlib.Path, where: str) -> Iterator[tuple[int, os.stat_result
         fd = os.open(path, flags)
     except OSError as error:
         raise BadCheckpoint(
-            f"cannot be opened: {error.strerror or error}", where=where, need="a readable file"
+            f"cannot be opened: {error.strerror or error}",
+            where=where,
+            need="a readable file",
+            hint="check its permissions, and `ulimit -n` if there are many files",
         ) from None
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise BadCheckpoint("not a regular file", where=where, need="a regular file")
+            raise BadCheckpoint(
+                "this is not a regular file",
+                where=where,
+                need="a regular file",
+                hint="put the file itself there",
+            )
         yield fd, status
     finally:
         os.close(fd)
@@ -103,7 +116,10 @@ def read_bytes(root: pathlib.Path, name: str, limit: int) -> bytes:
     with opened(contained(root, name), where) as (fd, status):
         if status.st_size > limit:
             raise BadCheckpoint(
-                f"{status.st_size} bytes are too many", where=where, need=f"at most {limit} bytes"
+                f"{status.st_size} bytes are too many",
+                where=where,
+                need=f"at most {limit} bytes",
+                hint="download the file again; no model needs one of this size",
             )
         return read_exactly(fd, status.st_size, 0, where)
 
@@ -115,10 +131,18 @@ def read_exactly(fd: int, count: int, offset: int, where: str) -> bytes:
         try:
             part = os.pread(fd, min(count, 1 << 24), offset)
         except OSError as error:
-            raise BadCheckpoint(f"cannot be read: {error}", where=where) from None
+            raise BadCheckpoint(
+                f"cannot be read: {error}",
+                where=where,
+                need="a readable file",
+                hint="check the disk, and download the file again",
+            ) from None
         if not part:
             raise BadCheckpoint(
-                "the file ends too early", where=where, hint="download the file again"
+                "the file ends too early",
+                where=where,
+                need=f"{count} more bytes",
+                hint="download the file again",
             )
         parts.append(part)
         offset += len(part)

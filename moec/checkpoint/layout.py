@@ -26,7 +26,10 @@ def find_shards(root: pathlib.Path) -> dict[str, set[str] | None]:
         present = set(os.listdir(root))
     except FileNotFoundError:
         raise BadCheckpoint(
-            "there is no such directory", where=str(root), need="a model directory"
+            "there is no such directory",
+            where=str(root),
+            need="a model directory",
+            hint="check the spelling; moec downloads nothing",
         ) from None
     except NotADirectoryError:
         raise BadCheckpoint(
@@ -36,7 +39,12 @@ def find_shards(root: pathlib.Path) -> dict[str, set[str] | None]:
             hint=f"pass {root.parent} if the file lies beside its config.json",
         ) from None
     except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"cannot be listed: {error}", where=str(root)) from None
+        raise BadCheckpoint(
+            f"cannot be listed: {error}",
+            where=str(root),
+            need="a readable directory",
+            hint="check the spelling and the permissions",
+        ) from None
     if INDEX in present:
         files = _read_index(root)
         if SINGLE in present and SINGLE not in files:
@@ -57,19 +65,27 @@ def _read_index(root: pathlib.Path) -> dict[str, set[str] | None]:
     index = parse_object(read_bytes(root, INDEX, MAX_INDEX), where, nonfinite=False)
     table: Any = index.get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise BadCheckpoint("has no weight_map", where=where, need="tensor name -> file name")
+        raise BadCheckpoint(
+            "the index has no weight_map",
+            where=where,
+            need="a map of tensor names to file names",
+            hint="download the index again",
+        )
     files: dict[str, set[str]] = {}
     for tensor, file in table.items():
+        if isinstance(file, str) and file in files:  # judged before: an index repeats its files
+            files[file].add(tensor)
+            continue
         if not isinstance(file, str) or not is_plain_name(file):
             raise BadCheckpoint(
-                f"puts tensor {tensor!r} into {file!r}, which is not a plain file name",
+                f"the index puts tensor {tensor!r} into {file!r}, which is not a plain file name",
                 where=where,
                 need="files directly inside the checkpoint directory",
                 hint="do not use this checkpoint: a path in it points elsewhere",
             )
         if not file.endswith(".safetensors"):
             raise _wrong_format(where, file)
-        files.setdefault(file, set()).add(tensor)
+        files[file] = {tensor}
     return dict(sorted(files.items()))
 
 
@@ -80,12 +96,13 @@ def _no_weights(root: pathlib.Path, present: set[str]) -> BadCheckpoint:
     gguf = sorted(name for name in present if name.endswith((".gguf", ".onnx")))
     if gguf:
         return BadCheckpoint(
-            f"{gguf[0]} is not a format that moec reads",
+            f"{gguf[0]!r} is in a format that moec does not read",
             where=str(root),
             need="config.json and *.safetensors",
+            hint="use the checkpoint from which this file was made",
         )
     other = sorted(name for name in present if name.endswith(".safetensors"))
-    listed = f"; there is {', '.join(other[:3])}" if other else ""
+    listed = f"; there is {', '.join(map(repr, other[:3]))}" if other else ""
     return BadCheckpoint(
         "no weights were found",
         where=str(root),
@@ -97,12 +114,15 @@ def _no_weights(root: pathlib.Path, present: set[str]) -> BadCheckpoint:
 def _wrong_format(where: str, file: str) -> BadCheckpoint:
     if file.endswith(_PICKLED):
         return BadCheckpoint(
-            f"{file} is a pickle, and reading a pickle runs code from it",
+            f"{file!r} is a pickle, and reading a pickle runs code from it",
             where=where,
             need="*.safetensors",
             hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(PATH)"
             ".save_pretrained(NEW)",
         )
     return BadCheckpoint(
-        f"{file} is not a safetensors file", where=where, need="names that end in .safetensors"
+        f"{file!r} is not a safetensors file",
+        where=where,
+        need="names that end in .safetensors",
+        hint="download the index again",
     )

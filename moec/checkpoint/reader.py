@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import os
 import pathlib
 import threading
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ class Checkpoint:
         self._sorted = sorted(entries)
 
     @staticmethod
-    def open(path: str | pathlib.Path) -> Checkpoint:
+    def open(path: str | os.PathLike[str]) -> Checkpoint:
         """Open the model directory `path`; raises BadCheckpoint on anything suspicious."""
         root = pathlib.Path(path)
         files = find_shards(root)
@@ -94,6 +95,7 @@ class Checkpoint:
                         f"tensor {entry.name!r} is in {entries[entry.name][0]} and in {name}",
                         where=str(root),
                         need="every tensor in one file",
+                        hint="download the index and the files again",
                     )
                 entries[entry.name] = (name, entry)
             if listed is not None:
@@ -120,13 +122,19 @@ class Checkpoint:
         try:
             file, entry = self._entries[name]
         except KeyError:
-            raise BadCheckpoint(f"there is no tensor {name!r}", where=str(self.path)) from None
+            raise BadCheckpoint(
+                f"there is no tensor {name!r}",
+                where=str(self.path),
+                need="a tensor that one of the files holds",
+                hint=f"'moec inspect {self.path}' lists every missing tensor",
+            ) from None
         dtype = DTYPES[entry.code][1]
         if dtype is None:
             raise BadCheckpoint(
                 f"tensor {name!r} has the packed dtype {entry.code}, which is not supported",
                 where=str(self.path / file),
                 need="float32, bfloat16 or float16",
+                hint="use a checkpoint that is not quantized",
             )
         if entry.size == 0:
             return np.empty(entry.shape, dtype)
@@ -180,7 +188,12 @@ class Checkpoint:
     def _map(self, file: str) -> mmap.mmap:
         with self._lock:
             if self._closed:
-                raise BadCheckpoint("the checkpoint is closed", where=str(self.path))
+                raise BadCheckpoint(
+                    "the checkpoint is closed",
+                    where=str(self.path),
+                    need="an open Checkpoint",
+                    hint="read inside the `with` block",
+                )
             shard = self._shards[file]
             self._verify(file, shard)
             if shard.map is None:
@@ -192,7 +205,10 @@ class Checkpoint:
                         shard.map = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
                     except (OSError, ValueError) as error:
                         raise BadCheckpoint(
-                            f"cannot be mapped: {error}", where=where, hint="raise `ulimit -n`"
+                            f"cannot be mapped: {error}",
+                            where=where,
+                            need="address space and a descriptor for every file",
+                            hint="raise `ulimit -v` and `ulimit -n`",
                         ) from None
             return shard.map
 
@@ -219,7 +235,7 @@ def _same_tensors(root: pathlib.Path, file: str, listed: set[str], stored: set[s
         (f"{file} holds tensors that the index does not list there", stored - listed),
     ):
         if names:
-            some = ", ".join(sorted(names)[:5])
+            some = ", ".join(map(repr, sorted(names)[:5]))
             raise BadCheckpoint(
                 f"{problem}: {some}" + (f" ({len(names)} in all)" if len(names) > 5 else ""),
                 where=str(root / file),

@@ -37,12 +37,14 @@ def parse_object(data: bytes, where: str, *, nonfinite: bool) -> dict[str, Any]:
     `nonfinite` admits the words NaN and Infinity, which json.dump writes and which real
     config files hold in fields that have nothing to do with MoE layers.
     """
+
+    def bad(message: str, need: str = "a JSON object") -> BadCheckpoint:
+        return BadCheckpoint(message, where=where, need=need, hint="download the file again")
+
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadCheckpoint(
-            f"not UTF-8 at byte {error.start}", where=where, need="a JSON object in UTF-8"
-        ) from None
+        raise bad(f"not UTF-8 at byte {error.start}", "a JSON object in UTF-8") from None
     try:
         value = json.loads(
             text,
@@ -50,19 +52,14 @@ def parse_object(data: bytes, where: str, *, nonfinite: bool) -> dict[str, Any]:
             parse_constant=None if nonfinite else _refuse,
         )
     except _Duplicate as error:
-        raise BadCheckpoint(
-            f"the key {str(error)!r} occurs twice",
-            where=where,
-            need="every key once, as two readers may disagree on which one counts",
-        ) from None
+        need = "every key once, as two readers may disagree on which one counts"
+        raise bad(f"the key {str(error)!r} occurs twice", need) from None
     except _Constant as error:
-        raise BadCheckpoint(f"{error} is not JSON", where=where, need="finite numbers") from None
+        raise bad(f"{error} is not JSON", "finite numbers") from None
     except RecursionError:
-        raise BadCheckpoint("nested too deeply", where=where, need="a flat JSON object") from None
+        raise bad("nested too deeply", "a flat JSON object") from None
     except ValueError as error:
-        raise BadCheckpoint(f"not JSON: {error}", where=where, need="a JSON object") from None
+        raise bad(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadCheckpoint(
-            f"holds a {type(value).__name__}, not an object", where=where, need="a JSON object"
-        )
+        raise bad(f"holds a {type(value).__name__}, not an object")
     return value

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     report = compiler.compile(
         args.checkpoint,
-        target=args.target,
+        target=args.target or "cpu",
         out=args.out or default_out(args.checkpoint),
         layers=layers,
         schedules=args.schedule,

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+_NARROWEST = 16  # columns; a narrower last column is easier to read unwrapped
 _BOLD_RED, _PLAIN = "\x1b[1;31m", "\x1b[0m"
 
 
@@ -66,18 +68,15 @@ class Console:
         self.data(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """Rows with aligned columns, on stdout; the first row is the heading."""
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        """Rows with aligned columns, on stdout; the first row is the heading.
+
+        On a terminal the last column is wrapped to its width; in a pipe a row is one line.
+        """
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        indent = sum(widths) + 2 * len(widths)
+        room = shutil.get_terminal_size().columns - indent if sys.stdout.isatty() else 0
         for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            self.data("  ".join(cells).rstrip())
-
-
-def size(count: int) -> str:
-    """Bytes for people: 805.3 MB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            last = textwrap.wrap(row[-1], room) if room >= _NARROWEST else []
+            text = f"\n{' ' * indent}".join(last or [row[-1]])
+            self.data("  ".join([*cells, text]).rstrip())

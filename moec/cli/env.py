@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import shutil
 import subprocess
 from typing import Any
 
-from .. import host
+from .. import __version__, host
 from ..errors import TargetError
-from .console import Console, size
+from ..text import size
+from .console import Console
 
 _PACKAGES = (
-    "moec",
     "apache-tvm",
     "apache-tvm-ffi",
     "numpy",
@@ -24,7 +25,7 @@ _PACKAGES = (
     "transformers",
 )
 # Of the hundred flags of a CPU, those that a kernel may use.
-_TELLING = ("avx", "fma", "f16c", "bmi2", "amx", "sse4_2", "asimd", "sve", "sme", "bf16", "i8mm")
+_TELLING = re.compile(r"(avx|amx|asimd|sve|sme\d?$|bf16|i8mm|fma$|f16c|bmi2|sse4_2).*")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -43,12 +44,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def collect() -> dict[str, Any]:
     """Facts by name."""
     machine = host.host()
-    facts: dict[str, Any] = {name: host.installed(name) or "-" for name in _PACKAGES}
+    facts: dict[str, Any] = {"moec": __version__}
+    facts.update({name: host.installed(name) or "-" for name in _PACKAGES})
     facts["packages"] = _packages()
     facts["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     facts["system"] = f"{machine.os} {machine.arch} {platform.release()}"
     facts["cpu"] = machine.cpu
-    facts["features"] = sorted(f for f in machine.features if f.startswith(_TELLING))
+    facts["features"] = sorted(f for f in machine.features if _TELLING.match(f))
     facts["cores"] = machine.cores
     facts["memory"] = f"{size(machine.memory_total)}, {size(machine.memory_available)} available"
     facts["compiler"] = _compiler()

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 from typing import Any
 
 from .. import host
 from ..artifact import Artifact, Function, Manifest
 from ..artifact.manifest import MANIFEST
-from .console import Console, size
+from ..errors import BadWeights
+from ..text import ranges, size
+from .console import Console
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Describe PATH; an artifact's files are not hashed ('moec verify' does that)."""
-    if (Path(args.path) / MANIFEST).exists():
+    """Describe PATH; an artifact's files are not hashed ('moec verify' does that).
+
+    A checkpoint whose weights do not fit its config is described all the same, with every
+    problem, before the error (exit code 3).
+    """
+    if os.path.exists(os.path.join(args.path, MANIFEST)):  # never raises, as Path.exists may
         artifact = Artifact.open(args.path, verify="manifest")
         if args.json:
             console.json(describe(artifact))
         else:
             _print(artifact, console)
         return 0
-    from ..frontend import read_model
+    from ..frontend import report, survey
 
     console.progress("reading headers")
-    model = read_model(args.path, args.family)
-    from ..frontend import report
-
+    model = survey(args.path, args.family)
     if args.json:
         console.json(report.describe(model))
     else:
         console.data(report.text(model))
+    if model.problems:
+        count = len(model.problems)
+        raise BadWeights(
+            f"the weights have {count} problem{'' if count == 1 else 's'}; they are listed above",
+            where=str(args.path),
+            need="tensors that fit the config",
+            hint="download the checkpoint again",
+        )
     return 0
 
 
@@ -106,14 +118,3 @@ def _tokens(span: tuple[int, int | None] | None) -> str:
     if high is None:
         return "" if low == 0 else f" (T >= {low})"
     return f" ({low} <= T < {high})" if low else f" (T < {high})"
-
-
-def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as 0-3,7."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from .. import host
+from .. import __version__
 
 _COMMON = "common options"
 STAGES = ("graph", "passes", "legalized", "library")
@@ -24,8 +24,12 @@ def build() -> _Parser:
         epilog="Exit codes: 0 ok, 1 bug, 2 usage, 3 bad input, 4 target, 5 check failed, "
         "6 resources, 130 interrupted.",
     )
-    version = host.installed("moec") or "(not installed)"
-    parser.add_argument("--version", action="version", version=f"moec {version}")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"moec {__version__}",
+        help="print the version and exit",
+    )
     common = _Parser(add_help=False)
     group = common.add_argument_group(_COMMON)
     group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -60,7 +64,14 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 def _compile(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="directory with config.json and safetensors")
-    add("-t", "--target", default="cpu", help="cpu (this machine), cpu:NAME; see 'moec targets'")
+    add(
+        "-t",
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="cpu (this machine, the default) or cpu:NAME, see 'moec targets'; repeatable, "
+        "weights are packed for the first",
+    )
     add("-o", "--out", metavar="DIR", help="the artifact; default: CHECKPOINT's name + .moec")
     add("--layers", metavar="LIST", help="only these layers, as 0-3,7")
     add("--schedule", action="append", metavar="NAME", help="only this schedule (repeatable)")
@@ -82,15 +93,20 @@ def _compile(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", metavar="ARTIFACT")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="the directory to check")
     parser.add_argument("--digest", metavar="SHA", help="the digest that it must have")
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("artifact", metavar="ARTIFACT")
-    add("--layer", type=int, required=True, metavar="N")
-    add("--function", choices=("moe", "experts", "route"), default="moe")
+    add("artifact", metavar="ARTIFACT", help="the directory that 'moec compile' wrote")
+    add("--layer", type=int, required=True, metavar="N", help="the number of the layer")
+    add(
+        "--function",
+        choices=("moe", "experts", "route"),
+        default="moe",
+        help="what to run: the whole block (default), its experts with ids from you, its router",
+    )
     add("--input", required=True, metavar="X.npy", help="x [T, H] in the model's dtype")
     add("--ids", metavar="IDS.npy", help="topk_ids [T, K] int32 or int64, for experts")
     add("--topk-weights", metavar="W.npy", help="topk_weights [T, K] float32, for experts")
@@ -102,9 +118,9 @@ def _run(parser: argparse.ArgumentParser) -> None:
         help="save y as .npy (bfloat16 as float32); for route both results as .npz",
     )
     add("--expect", metavar="FILE", help="compare with this result; exit code 5 if it differs")
-    add("--rtol", type=float, help="tolerance |y - expected| <= atol + rtol * |expected|")
-    add("--atol", type=float, help="(defaults depend on the dtype of the model)")
+    add("--rtol", type=float, metavar="R", help="allowed |y - expected| <= A + R * |expected|")
+    add("--atol", type=float, metavar="A", help="(the defaults depend on the model's dtype)")
     add("--schedule", metavar="NAME", help="force a compiled schedule")
     add("--checkpoint", metavar="PATH", help="where the weights are, if not in the artifact")
-    add("--device", default="cpu")
+    add("--device", default="cpu", help="cpu, the default and the only one so far")
     add("--threads", type=int, metavar="N", help="default: the cores of this process")

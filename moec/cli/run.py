@@ -112,7 +112,9 @@ def _call(args: argparse.Namespace, block: Block, inputs: list[Array]) -> dict[s
 def read(path: str) -> Array:
     """The array in a .npy file, two-byte voids as bfloat16; InputError if it is none."""
     try:
-        array = np.load(path, allow_pickle=False)
+        # Opened here, because numpy leaves a file open that only looks like a zip archive.
+        with open(path, "rb") as file:
+            array = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise InputError("there is no such file", where=path, need="a .npy file") from None
     except Exception as error:  # numpy.load raises a dozen kinds for damaged files
@@ -214,7 +216,7 @@ def _read_expected(path: str, names: tuple[str, ...]) -> dict[str, Array]:
     if names == ("y",):
         return {"y": read(path)}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except Exception as error:
         raise InputError(

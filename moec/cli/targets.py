@@ -56,12 +56,8 @@ def schedules() -> dict[str, dict[str, Any]]:
 
     table = {}
     for name, schedule in SCHEDULES.items():
-        span = schedule.tokens
-        text = "by name only"
-        if span is not None:
-            text = f"T >= {span.low}" if span.high is None else f"{span.low} <= T < {span.high}"
         table[name] = {
-            "tokens": text,
+            "tokens": str(schedule.tokens) if schedule.tokens else "by name only",
             "deterministic": schedule.deterministic,
             "doc": schedule.doc.splitlines()[0],
         }

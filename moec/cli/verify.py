@@ -7,7 +7,8 @@ import argparse
 from .. import host
 from ..artifact import Artifact
 from ..errors import CheckFailed
-from .console import Console, size
+from ..text import size
+from .console import Console
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

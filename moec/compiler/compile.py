@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from ..frontend import Block, Model, outline
 from ..frontend.model import check
-from ..schedules import Backend, backend, choose
+from ..schedules import Backend, Chosen, backend, choose
 from ..spec import MoESpec
 from ..target import Target
 from .document import document, weight_file
@@ -40,6 +40,7 @@ class TargetBuild:
 
     target: Target
     backend: Backend
+    schedules: dict[str, Chosen]
     lowered: dict[str, Lowered]
     library: Path | None
 
@@ -67,21 +68,25 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
     whole or not at all.
     """
     options = options or CompileOptions()
+    family = None if options.family_file is None else Path(options.family_file)
     if weights not in WEIGHTS:
-        raise UsageError(f"weights={weights!r} is unknown", where="weights", need=", ".join(WEIGHTS))
+        raise UsageError(
+            f"weights={weights!r} is unknown", where="weights", need=", ".join(WEIGHTS)
+        )
     host.check_packages()
     clock, observer = Clock(options.progress), Observer(options)
     targets = _targets(target)
     with Checkpoint.open(os.fspath(checkpoint)) as opened:
         with clock("read headers"):
-            model = _select(outline(opened, options.family_file), layers)
+            model = _select(outline(opened, family), layers)
             check(model, opened)
         shapes = _shapes(model.blocks)
         report = Report(str(out), model, shapes.specs, clock, observer, options)
         names = tuple(schedules or ())
         if options.dry_run or options.stop_after in ("graph", "passes", "legalized"):
             for one in targets:
-                _lower(one, shapes, names, observer, clock, options)
+                build = _lower(one, shapes, names, observer, clock, options)
+                report.add(one.name, build.schedules)
             return report.finish()
         # Before any work: an output that cannot be written must not cost a compilation.
         with ArtifactWriter(out, force=force) as writer, tempfile.TemporaryDirectory() as folder:
@@ -89,6 +94,9 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
                 _build(one, shapes, names, Path(folder), observer, clock, options)
                 for one in targets
             ]
+            observer.check()  # before anything is written
+            for build in builds:
+                report.add(build.target.name, build.schedules)
             if options.stops_after("library"):
                 return report.finish()
             for build in builds:
@@ -141,13 +149,13 @@ def _lower(
     options: CompileOptions,
 ) -> TargetBuild:
     own, lowered = backend(one.kind), {}
+    chosen = {name: choose(own, names, spec, one) for name, spec in shapes.specs.items()}
     for name, spec in shapes.specs.items():
-        chosen = choose(own, names, spec, one)
         if options.dry_run:
-            continue
+            break
         with clock("lower", f"{name} for {one.name}"):
-            lowered[name] = lower(name, spec, one, own, chosen, observer, options.stop_after)
-    return TargetBuild(one, own, lowered, None)
+            lowered[name] = lower(name, spec, one, own, chosen[name], observer, options.stop_after)
+    return TargetBuild(one, own, chosen, lowered, None)
 
 
 def _build(

@@ -110,5 +110,5 @@ def _function(spec: MoESpec, variants: Sequence[Variant]) -> dict[str, Any]:
 
 
 def _port(buf: Buf, spec: MoESpec) -> list[Any]:
-    dtype = spec.dtype if buf.name in ("x", "y") else buf.dtype
+    dtype = spec.dtype if buf.name in ("x", "shared_x", "y") else buf.dtype
     return [buf.name, ["T" if isinstance(d, PerToken) else d for d in buf.shape], dtype]

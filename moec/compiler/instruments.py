@@ -78,8 +78,12 @@ class Observer:
         """Raise UsageError when the pass whose IR was asked for never ran."""
         wanted = self._options.print_ir_after
         if wanted is not None and wanted not in self.times and not self.shown:
+            own = [name for name in self.times if "." not in name or name.startswith("moec.")]
             raise UsageError(
-                f"no pass {wanted!r} ran", where="print_ir_after", need=", ".join(self.times)
+                f"no pass {wanted!r} ran",
+                where="print_ir_after",
+                need="one of " + ", ".join(own) if own else "a pass that runs before the stop",
+                hint="--time-passes lists every pass that runs, those of TVM included",
             )
 
 

@@ -126,4 +126,6 @@ def ports(spec: MoESpec) -> dict[str, Buf]:
         "topk_ids": Buf("topk_ids", (PerToken(), top_k), "int32", True),
         "topk_weights": Buf("topk_weights", (PerToken(), top_k), "float32", True),
         "y": Buf("y", (PerToken(), hidden), dtype, True),
+        "token_ids": Buf("token_ids", (PerToken(),), "int32", True),
+        "shared_x": Buf("shared_x", (PerToken(), hidden), dtype, True),
     }

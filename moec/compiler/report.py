@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..frontend import Model
+from ..schedules import Chosen
 from ..spec import MoESpec
+from ..text import ranges
 from .instruments import Observer
 from .options import CompileOptions
 
@@ -52,8 +54,16 @@ class Report:
         self.seconds: dict[str, float] = {}
         self.pass_seconds: dict[str, float] = {}
         self.peak_bytes = 0
+        self.targets: dict[str, dict[str, dict[str, str]]] = {}
         self._model, self._specs, self._clock = model, specs, clock
         self._observer, self._options = observer, options
+
+    def add(self, target: str, schedules: Mapping[str, Chosen]) -> None:
+        """Take down which schedules a target's shapes are compiled with, and for which T."""
+        self.targets[target] = {
+            shape: {s.name: str(tokens) if tokens else "by name" for s, tokens in chosen}
+            for shape, chosen in schedules.items()
+        }
 
     def finish(self, digest: str | None = None) -> Report:
         """Take the figures; raises UsageError when a pass to be shown never ran."""
@@ -76,6 +86,7 @@ class Report:
             "family": self._model.family,
             "layers": [block.layer for block in self._model.blocks],
             "shapes": {name: spec.to_json() for name, spec in self._specs.items()},
+            "targets": self.targets,
             "seconds": self.seconds,
             "pass_seconds": self.pass_seconds,
             "peak_bytes": self.peak_bytes,
@@ -87,21 +98,28 @@ class Report:
         if self.ir:
             return "\n\n".join(self.ir)
         layers = [block.layer for block in self._model.blocks]
-        lines = [f"family   {self._model.family}, {len(layers)} MoE layers"]
+        lines = [f"family   {self._model.family}, MoE layers {ranges(layers)} ({len(layers)})"]
         for name, spec in self._specs.items():
             e = spec.experts
             lines.append(
                 f"shape    {name}: E={e.num_experts} K={e.top_k} H={e.hidden_size} "
                 f"I={e.intermediate_size} {spec.dtype}"
             )
-        if self.digest:
-            lines += [f"wrote    {self.out}", f"digest   {self.digest}"]
-        lines += self._times("time", self.seconds)
-        lines += self._times("pass", dict(sorted(self.pass_seconds.items(), key=lambda i: -i[1])))
+        for target, shapes in self.targets.items():
+            lines += [
+                f"target   {target}: {shape} by " + ", ".join(f"{n} ({t})" for n, t in own.items())
+                for shape, own in shapes.items()
+            ]
+        lines += self._written()
+        width = max(map(len, self.seconds), default=0)
+        lines += [f"time     {part.ljust(width)} {s:7.2f} s" for part, s in self.seconds.items()]
+        width = max(map(len, self.pass_seconds), default=0)
+        slowest = sorted(self.pass_seconds.items(), key=lambda item: -item[1])
+        lines += [f"pass     {name.ljust(width)} {s * 1e3:9.1f} ms" for name, s in slowest]
         lines.append(f"memory   {self.peak_bytes / 1e6:.0f} MB at most")
         return "\n".join(lines)
 
-    @staticmethod
-    def _times(label: str, table: Mapping[str, float]) -> list[str]:
-        width = max(map(len, table), default=0)
-        return [f"{label:<8} {part.ljust(width)} {s:8.2f} s" for part, s in table.items()]
+    def _written(self) -> list[str]:
+        if self.digest:
+            return [f"wrote    {self.out}", f"digest   {self.digest}"]
+        return [f"wrote    nothing; without --dry-run or --stop-after it would be {self.out}"]

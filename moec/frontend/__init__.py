@@ -1,8 +1,8 @@
-"""From a model directory to blocks: families are data (families/*.toml), read by one interpreter."""
+"""From a model directory to blocks: families are data (families/*.toml), one interpreter."""
 
 from .build import Block
 from .family import Family, builtin, load
-from .model import Model, find_problems, outline, read_model
+from .model import Model, find_problems, outline, read_model, survey
 
 __all__ = [
     "Block",
@@ -13,4 +13,5 @@ __all__ = [
     "load",
     "outline",
     "read_model",
+    "survey",
 ]

@@ -7,10 +7,18 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import BadSpec, BadWeights
-from ..spec import MoESpec
+from ..spec import FLOAT_DTYPES, MoESpec
 from ..weights import ParamPlan, Piece, WeightPlan
 from .family import Family
-from .sources import SLOTS, Source, combinations, make_pieces, parse_source
+from .faults import bad_family
+from .sources import (
+    SLOTS,
+    Source,
+    always_combinations,
+    combinations,
+    make_pieces,
+    parse_source,
+)
 from .values import Fields, resolve
 
 # Routers may be kept in another precision than the model; everything else is one dtype.
@@ -29,24 +37,25 @@ class Block:
 
 def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoESpec:
     """The MoESpec that the family's templates give; BadSpec tells which fields were read."""
-    family, values = fields.family, fields.values
-    shared = resolve(family.shared, fields) or None
-    if shared is not None and not shared.get("intermediate_size"):
-        shared = None  # a width of 0 or null is how configs say that there is none
-    activation = resolve(family.activation, fields)
+    values = fields.values
+    shared = _resolved("shared", fields)
+    if not shared.get("intermediate_size"):
+        shared = {}  # a width of 0 or null is how configs say that there is none
+    activation = _resolved("activation", fields)
     sizes = {"num_experts": values["num_experts"], "top_k": values["top_k"]}
     data: dict[str, Any] = {
         "dtype": dtype,
-        "router": {**sizes, **resolve(family.router, fields)},
+        "router": {**sizes, **_resolved("router", fields)},
         "experts": {
             **sizes,
             "hidden_size": values["hidden_size"],
             "intermediate_size": values["intermediate_size"],
             "activation": activation,
-            **resolve(family.experts, fields),
+            **_resolved("experts", fields),
         },
-        "shared": shared and {"activation": activation, **shared},
-        "norms": resolve(family.norms, fields),
+        "shared": {"activation": activation, **shared} if shared else None,
+        "norms": _resolved("norms", fields),
+        **_resolved("spec", fields),
         "weight_dtypes": sorted(weight_dtypes.items()),
     }
     try:
@@ -56,73 +65,95 @@ def make_spec(fields: Fields, dtype: str, weight_dtypes: dict[str, str]) -> MoES
         groups = tuple(n for n in values if "group" in n)
         raise BadSpec(
             error.message,
-            where="config.json",
-            need=error.need,
+            where=f"config.json, as {fields.family.source} reads it",
+            need=error.need or "values of one layer that fit together",
             hint=f"the config says {fields.describe((*names, *groups))}",
         ) from None
 
 
-def make_block(checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str) -> Block:
+def _resolved(name: str, fields: Fields) -> dict[str, Any]:
+    """A table of templates with its values; null counts as an empty table."""
+    value = resolve(getattr(fields.family, name), fields)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad_family(f"{name} gives {value!r}", fields.family.source, "a table")
+    return value
+
+
+def make_block(
+    checkpoint: Checkpoint, fields: Fields, prefix: str, layer: int, dtype: str
+) -> Block:
     """The block of `layer`; what is missing on disk is left to `plan.problems`."""
-    family = fields.family
+    family, fields = fields.family, fields.at(layer)
     base = prefix + family.layer.replace("{L}", str(layer))
     spec = make_spec(fields, dtype, {})
     dims = _dims(spec)
     layout = choose_layout(checkpoint, family, base, dims)
     sources = _sources(checkpoint, family, base, layout)
-    dtypes = {
-        name: checkpoint.tensors[base + sources[name].name].dtype
-        for name in _OWN_DTYPE
-        if name in spec.parameters() and base + sources[name].name in checkpoint.tensors
-    }
-    spec = make_spec(fields, dtype, {k: v for k, v in dtypes.items() if v != dtype})
+    dtypes = {}
+    for name in _OWN_DTYPE:
+        slots = (slots[0] for slots in combinations(name))
+        slot = next((s for s in slots if s in sources and name in spec.parameters()), None)
+        stored = checkpoint.tensors.get(base + sources[slot].name) if slot else None
+        # An unsupported dtype is left to `plan.problems`, which names the tensor.
+        if stored is not None and stored.dtype != dtype and stored.dtype in FLOAT_DTYPES:
+            dtypes[name] = stored.dtype
+    spec = make_spec(fields, dtype, dtypes)
     params = []
     for name, parameter in spec.parameters().items():
-        pieces = _pieces(name, sources, base, dims, family.source)
         per_expert = SLOTS[combinations(name)[0][0]].per_expert
+        if per_expert and spec.router.always:
+            count, every = dims["E"], spec.experts.num_experts
+            pieces = (
+                *_pieces(name, combinations(name), sources, base, dims, family, (0, count)),
+                *_pieces(
+                    name, always_combinations(name), sources, base, dims, family, (count, every)
+                ),
+            )
+        else:
+            pieces = _pieces(name, combinations(name), sources, base, dims, family)
         params.append((name, ParamPlan(parameter.shape, parameter.dtype, per_expert, pieces)))
-    plan = WeightPlan(tuple(params), tuple(base + owned for owned in family.owns))
+    zero = range(dims["E"], dims["E"] + spec.experts.zero_experts)
+    spare = tuple(base + name.replace("{z}", str(e)) for name in family.spare for e in zero)
+    plan = WeightPlan(tuple(params), tuple(base + owned for owned in family.owns), spare)
     return Block(layer, spec, plan, layout)
 
 
 def _dims(spec: MoESpec) -> dict[str, int]:
-    e = spec.experts
+    e, r = spec.experts, spec.router
     return {
-        "E": e.num_experts,
+        "E": e.num_experts - r.always,
         "H": e.hidden_size,
         "I": e.intermediate_size,
         "F": spec.shared.intermediate_size if spec.shared else 0,
+        "M": e.latent_size or 0,
+        "N": r.always,
+        "R": r.num_experts,
+        "S": r.selectable,
+        "W": e.width,
+        "V": r.vocab_size,
+        "K": r.top_k,
         "1": 1,
     }
 
 
 def _table(family: Family, layout: str) -> dict[str, Any]:
-    own = {
-        slot: source.replace("{x}", family.block) if isinstance(source, str) else source
-        for slot, source in family.layouts[layout].items()
-    }
     # A layout that says how gate and up are stored replaces every other way of saying it.
-    return {**family.tensors, **own}
+    return {**family.tensors, **family.layouts[layout]}
 
 
-def _sources(
-    checkpoint: Checkpoint, family: Family, base: str, layout: str
-) -> dict[str, Source]:
+def _sources(checkpoint: Checkpoint, family: Family, base: str, layout: str) -> dict[str, Source]:
     out: dict[str, Source] = {}
     for slot, value in _table(family, layout).items():
-        if slot not in SLOTS:
-            raise BadSpec(f"unknown tensor {slot!r}", where=family.source, need=", ".join(SLOTS))
-        choices = [parse_source(v, family.source) for v in (
-            value if isinstance(value, list) else [value]
-        )]  # fmt: skip
+        texts = value if isinstance(value, list) else [value]
+        choices = [parse_source(t.replace("{x}", family.block), family.source) for t in texts]
         found = (c for c in choices if base + c.name.replace("{e}", "0") in checkpoint.tensors)
         out[slot] = next(found, choices[0])
     return out
 
 
-def choose_layout(
-    checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]
-) -> str:
+def choose_layout(checkpoint: Checkpoint, family: Family, base: str, dims: dict[str, int]) -> str:
     """The layout of which most expert tensors are there, with the shapes that it states.
 
     Ties go to the layout that the family lists first.
@@ -133,7 +164,7 @@ def choose_layout(
         for slot, source in _sources(checkpoint, family, base, layout).items():
             if SLOTS[slot].param not in ("gate_up", "down"):
                 continue
-            shape = source.shape(dims)
+            shape = source.shape(SLOTS[slot].dims(dims))
             for e in range(dims["E"] if "{e}" in source.name else 1):
                 info = checkpoint.tensors.get(base + source.name.replace("{e}", str(e)))
                 names += 1
@@ -146,21 +177,27 @@ def choose_layout(
 
 
 def _pieces(
-    param: str, sources: dict[str, Source], base: str, dims: dict[str, int], where: str
+    param: str,
+    choices: tuple[tuple[str, ...], ...],
+    sources: dict[str, Source],
+    base: str,
+    dims: dict[str, int],
+    family: Family,
+    experts: tuple[int, int] | None = None,
 ) -> tuple[Piece, ...]:
-    for slots in combinations(param):
+    for slots in choices:
         if all(slot in sources for slot in slots):
             pieces: list[Piece] = []
             for slot in slots:
                 row = pieces[-1].rows[1] if pieces else 0
                 source = sources[slot]
                 name = base + source.name
-                pieces += make_pieces(SLOTS[slot], source, name, row, dims, where)
+                pieces += make_pieces(SLOTS[slot], source, name, row, dims, family.source, experts)
             return tuple(pieces)
-    raise BadSpec(
+    raise bad_family(
         f"the family names no tensor for {param}",
-        where=where,
-        need=" or ".join(" and ".join(slots) for slots in combinations(param)),
+        family.source,
+        " or ".join(" and ".join(slots) for slots in choices),
     )
 
 
@@ -171,13 +208,23 @@ def holds_experts(checkpoint: Checkpoint, family: Family, base: str) -> str | No
         down = sources.get("down")
         name = base + down.name.replace("{e}", "0") if down else ""
         # `{x}down_proj` without the experts level is also the name of a dense layer's matrix.
-        if down and name in checkpoint.tensors and len(checkpoint.tensors[name].shape) == len(
-            down.axes
+        if (
+            down
+            and name in checkpoint.tensors
+            and len(checkpoint.tensors[name].shape) == len(down.axes)
         ):
             return name
     return None
 
 
-def unfit(message: str, checkpoint: Checkpoint, need: str, hint: str | None = None) -> BadWeights:
-    """A BadWeights about the whole checkpoint."""
-    return BadWeights(message, where=str(checkpoint.path), need=need, hint=hint)
+def unfit(
+    message: str,
+    checkpoint: Checkpoint,
+    need: str,
+    hint: str = "use the config.json that was made with these weights",
+    *,
+    tensor: str | None = None,
+) -> BadWeights:
+    """A BadWeights about the file of `tensor`, or about the whole checkpoint."""
+    file = checkpoint.tensors[tensor].file if tensor else ""
+    return BadWeights(message, where=str(checkpoint.path / file), need=need, hint=hint)

@@ -19,16 +19,22 @@ from ..ops.define import tensor
 from ..ops.gather_rows import gather_rows
 from ..ops.grouped_matmul import grouped_matmul
 from ..ops.linear import linear
+from ..ops.pass_weight import pass_weight
 from ..ops.reduce import reduce
 from ..ops.rms_norm import rms_norm
+from ..ops.route import EXTRA as ROUTE_OPERANDS
 from ..ops.route import route
 from ..ops.sort import sort
-from ..spec import ApplyTo, MoESpec, ScaleOn, SharedGate
+from ..spec import ApplyTo, MoESpec, ScaleOn, Selection, SharedGate
 
 ROUTE_PARAMETERS = (
-    "router", "router_bias", "selection_bias", "per_expert_scale", "norm_router_input"
+    "router", "router_bias", "selection_bias", "per_expert_scale", "global_scale", "token_table",
+    "norm_router_input",
 )  # fmt: skip
-EXPERT_PARAMETERS = ("gate_up", "gate_up_bias", "down", "down_bias")
+EXPERT_PARAMETERS = (
+    "gate_up", "gate_up_bias", "down", "down_bias", "latent_in", "latent_out",
+    "norm_latent_input", "norm_expert_output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,13 @@ def signatures(spec: MoESpec) -> tuple[Signature, ...]:
     names = tuple(spec.parameters())
     experts = tuple(n for n in names if n in EXPERT_PARAMETERS)
     routing = tuple(n for n in names if n in ROUTE_PARAMETERS)
+    table = spec.router.selection is Selection.TOKEN_TABLE
+    token_ids = ("token_ids",) if table else ()
+    shared_x = ("shared_x",) if spec.shared is not None and spec.shared.own_input else ()
     return (
-        Signature("route", ("x",), routing, ("topk_ids", "topk_weights")),
+        Signature("route", ("x", *token_ids), routing, ("topk_ids", "topk_weights")),
         Signature("experts", ("x", "topk_ids", "topk_weights"), experts, ("y",)),
-        Signature("moe", ("x",), names, ("y",)),
+        Signature("moe", ("x", *token_ids, *shared_x), names, ("y",)),
     )
 
 
@@ -61,6 +70,8 @@ def tensor_types(spec: MoESpec, tokens: Any) -> dict[str, Any]:
         "topk_ids": tensor([tokens, top_k], "int32"),
         "topk_weights": tensor([tokens, top_k], "float32"),
         "y": tensor([tokens, hidden], spec.dtype),
+        "token_ids": tensor([tokens], "int32"),
+        "shared_x": tensor([tokens, hidden], spec.dtype),
     }
     for name, parameter in spec.parameters().items():
         types[name] = tensor(parameter.shape, parameter.dtype)
@@ -87,8 +98,10 @@ def _function(builder: relax.BlockBuilder, spec: MoESpec, signature: Signature) 
                 ids, weights = body.route(params["x"])
                 out = relax.Tuple([ids, weights])
             elif signature.name == "experts":
-                routed = body.experts(params["x"], params["topk_ids"], params["topk_weights"])
-                out = combine(routed, spec.dtype, body.routed_scale())
+                x, ids, weights = (params[name] for name in signature.inputs)
+                routed = body.experts(x, ids, weights)
+                passed = body.passed(x, ids, weights)
+                out = combine(routed, spec.dtype, body.routed_scale(), **passed)
             else:
                 out = body.moe(params["x"])
             result = builder.emit_output(out, "out")
@@ -121,13 +134,19 @@ class _Body:
         p = self.params
         x = self.norm("router_input", x, self.spec.dtype)
         logits = self.emit(linear(x, p["router"], p.get("router_bias")), "logits")
-        bias, scale = p.get("selection_bias"), p.get("per_expert_scale")
-        chosen = self.emit(route(logits, bias, scale, self.spec.router, self.spec.dtype), "chosen")
+        extra = {name: p.get(name) for name in ROUTE_OPERANDS}
+        chosen = self.emit(route(logits, extra, self.spec.router, self.spec.dtype), "chosen")
         return self.emit(chosen[0], "topk_ids"), self.emit(chosen[1], "topk_weights")
 
     def experts(self, x: Any, ids: Any, weights: Any) -> Any:
         p, experts = self.params, self.spec.experts
         on_input = self.spec.router.apply_to is ApplyTo.INPUT
+        if experts.latent_size is not None:
+            latent = self.emit(linear(x, p["latent_in"]), "latent")
+            if self.spec.norms.latent_input is None:
+                x = self.emit(combine(latent, self.spec.dtype), "latent_x")
+            else:
+                x = self.norm("latent_input", latent, self.spec.dtype)
         order = self.emit(sort(ids, experts.num_experts), "order")
         row_order = self.emit(order[0], "row_order")
         offsets = self.emit(order[1], "expert_offsets")
@@ -137,36 +156,53 @@ class _Body:
         h = self.emit(h, "gate_up_rows")
         h = self.emit(activation(h, experts.activation, experts.gated, self.spec.dtype), "h")
         h = self.emit(grouped_matmul(h, p["down"], offsets, p.get("down_bias")), "down_rows")
+        h = self.norm("expert_output", h, "float32")
         out_weights = None if on_input else weights
-        return self.emit(reduce(h, row_order, experts.top_k, out_weights), "routed")
+        routed = self.emit(reduce(h, row_order, experts.top_k, out_weights), "routed")
+        if experts.latent_size is None:
+            return routed
+        return self.emit(linear(routed, p["latent_out"]), "routed_out")
 
-    def shared(self, x: Any) -> tuple[Any, Any]:
-        """(shared expert's output or None, its gate logits or None)."""
+    def passed(self, x: Any, ids: Any, weights: Any) -> dict[str, Any]:
+        """What the zero experts add, as operands of combine."""
+        experts = self.spec.experts
+        if not experts.zero_experts:
+            return {}
+        own = pass_weight(ids, weights, experts.num_experts, experts.zero_experts)
+        return {"passed": x, "pass_weight": self.emit(own, "pass_weight")}
+
+    def shared(self, x: Any) -> dict[str, Any]:
+        """The shared expert's output and its gate logits, as operands of combine."""
         shared = self.spec.shared
         if shared is None:
-            return None, None
+            return {}
         p = self.params
-        inner = self.norm("shared_input", x, self.spec.dtype)
+        own = p["shared_x"] if shared.own_input else x
+        inner = self.norm("shared_input", own, self.spec.dtype)
         h = self.emit(linear(inner, p["shared_gate_up"]), "shared_gate_up_rows")
-        h = self.emit(activation(h, shared.activation, True, self.spec.dtype), "shared_h")
+        h = activation(h, shared.activation, shared.gated, self.spec.dtype)
+        h = self.emit(h, "shared_h")
         out = self.emit(linear(h, p["shared_down"]), "shared")
         out = self.norm("shared_output", out, "float32")
-        if shared.gate is SharedGate.NONE:
-            return out, None
-        return out, self.emit(linear(x, p["shared_router"]), "shared_gate")
+        parts = {"shared": out, "mix": (shared.gate, shared.scale)}
+        if shared.gate is not SharedGate.NONE:
+            gate = linear(x, p["shared_router"], p.get("shared_router_bias"))
+            parts["gate"] = self.emit(gate, "shared_gate")
+        return parts
 
     def moe(self, x: Any) -> Any:
         spec = self.spec
         ids, weights = self.route(x)
         inner = self.norm("experts_input", x, spec.dtype)
         routed = self.norm("experts_output", self.experts(inner, ids, weights), "float32")
-        shared, gate = self.shared(x)
-        residual = x if spec.norms.residual else None
+        parts = {**self.passed(inner, ids, weights), **self.shared(x)}
+        last: dict[str, Any] = {
+            "residual": x if spec.norms.residual else None,
+            "bias": self.params.get("output_bias"),
+        }
         scale = self.routed_scale()
         if spec.norms.block_output is None:
-            return combine(routed, spec.dtype, scale, shared, gate, residual)
-        total = self.emit(combine(routed, "float32", scale, shared, gate, inner=True), "total")
+            return combine(routed, spec.dtype, scale, **parts, **last)
+        total = self.emit(combine(routed, "float32", scale, inner=True, **parts), "total")
         total = self.norm("block_output", total, "float32")
-        return combine(total, spec.dtype, 1.0, None, None, residual)
-
-
+        return combine(total, spec.dtype, **last)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import pathlib
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint import Checkpoint
-from ..errors import BadSpec
 from ..spec import FLOAT_DTYPES
 from ..weights import Problem, weights_error
 from .build import Block, holds_experts, make_block, unfit
 from .family import Family, builtin, load
+from .faults import bad_config, shown
 from .layers import moe_layers
 from .lookup import find_family
 from .values import Config, Fields, read_fields
 
+# Whoever has more has the wrong config; a hostile one could claim millions of experts.
+MAX_PROBLEMS = 10_000
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
 
 @dataclass(frozen=True)
 class Model:
-    """The MoE layers of one checkpoint, and the facts about them that people ask for."""
+    """The MoE layers of one checkpoint, and the facts about them that people ask for.
+
+    `problems` is what is wrong with the weights; it is only filled by `survey`.
+    """
 
     path: pathlib.Path
     family: str
@@ -30,9 +38,12 @@ class Model:
     dense_layers: tuple[int, ...]
     blocks: tuple[Block, ...]
     source: dict[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
 
 
-def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None = None) -> Model:
+def read_model(
+    path: str | os.PathLike[str], family_file: str | os.PathLike[str] | None = None
+) -> Model:
     """Read and check the model directory `path`, from its config and headers alone.
 
     `family_file` is a family in TOML or JSON to use in place of the built-in ones. Raises
@@ -44,6 +55,15 @@ def read_model(path: str | pathlib.Path, family_file: str | pathlib.Path | None 
         return model
 
 
+def survey(
+    path: str | os.PathLike[str], family_file: str | os.PathLike[str] | None = None
+) -> Model:
+    """As `read_model`, but problems of the weights are kept in `Model.problems`, not raised."""
+    with Checkpoint.open(path) as checkpoint:
+        model = outline(checkpoint, family_file)
+        return replace(model, problems=tuple(find_problems(model, checkpoint)))
+
+
 def check(model: Model, checkpoint: Checkpoint) -> None:
     """Raise BadWeights, with the first five problems, unless every block's weights fit."""
     problems = find_problems(model, checkpoint)
@@ -51,7 +71,7 @@ def check(model: Model, checkpoint: Checkpoint) -> None:
         raise weights_error(problems, checkpoint)
 
 
-def outline(checkpoint: Checkpoint, family_file: str | pathlib.Path | None = None) -> Model:
+def outline(checkpoint: Checkpoint, family_file: str | os.PathLike[str] | None = None) -> Model:
     """The model as its config describes it; the weights are matched but not yet checked."""
     families = builtin() if family_file is None else (load(family_file),)
     family, config = find_family(checkpoint, families)
@@ -74,8 +94,12 @@ def outline(checkpoint: Checkpoint, family_file: str | pathlib.Path | None = Non
 
 
 def find_problems(model: Model, checkpoint: Checkpoint) -> list[Problem]:
-    """Everything that is wrong with the weights of any block."""
-    return [p for block in model.blocks for p in block.plan.problems(checkpoint)]
+    """What is wrong with the weights of any block: everything, within reason."""
+    every = (p for block in model.blocks for p in block.plan.problems(checkpoint))
+    found = list(itertools.islice(every, MAX_PROBLEMS + 1))
+    if len(found) > MAX_PROBLEMS:
+        found[-1] = Problem(f"there are more than {MAX_PROBLEMS} problems")
+    return found
 
 
 def _prefix(checkpoint: Checkpoint, family: Family, layer: int) -> str:
@@ -97,28 +121,28 @@ def _prefix(checkpoint: Checkpoint, family: Family, layer: int) -> str:
     )
 
 
-def _dtype(
-    checkpoint: Checkpoint, config: Config, family: Family, prefix: str, layer: int
-) -> str:
+def _dtype(checkpoint: Checkpoint, config: Config, family: Family, prefix: str, layer: int) -> str:
     base = prefix + family.layer.replace("{L}", str(layer))
     name = holds_experts(checkpoint, family, base)
     stored = checkpoint.tensors[name].dtype if name else None
-    declared: Any = None
-    for place in (config, checkpoint.config):
-        for key in ("dtype", "torch_dtype"):
-            declared = declared or place.get(key)
-    if declared is None:
-        declared = stored or "float32"
-    dtype = str(declared).removeprefix("torch.")
-    if dtype not in FLOAT_DTYPES:
-        raise BadSpec(f"dtype: {dtype!r} is not supported", where="config.json",
-                      need=" or ".join(FLOAT_DTYPES))  # fmt: skip
-    if stored is not None and stored != dtype:
+    places = ((place, key) for place in (config, checkpoint.config) for key in _DTYPE_KEYS)
+    found = (place[key] for place, key in places if place.get(key) is not None)
+    declared = next(found, None)
+    dtype = str(stored or "float32" if declared is None else declared).removeprefix("torch.")
+    if declared is not None and dtype not in FLOAT_DTYPES:
+        raise bad_config(
+            f"dtype: {shown(declared)} is not supported",
+            " or ".join(FLOAT_DTYPES),
+            "convert the checkpoint, or use one in another dtype",
+        )
+    if stored is not None and (stored != dtype or stored not in FLOAT_DTYPES):
+        said = f"config.json says {dtype}, but " if declared is not None else ""
         raise unfit(
-            f"config.json says {dtype}, but {name} is {stored}",
+            f"{said}tensor {name!r} is {stored}",
             checkpoint,
-            f"expert weights in {dtype}",
+            f"expert weights in {dtype if declared is not None else ' or '.join(FLOAT_DTYPES)}",
             "set dtype in config.json to what the files hold, or convert the files",
+            tensor=name,
         )
     return dtype
 
@@ -132,8 +156,9 @@ def _dense(
         name = holds_experts(checkpoint, family, base)
         if name:
             raise unfit(
-                f"layer {layer} is dense by the config, but there is {name}",
+                f"layer {layer} is dense by the config, but there is tensor {name!r}",
                 checkpoint,
                 "a config and weights of the same model",
+                tensor=name,
             )
     return tuple(sorted(layers))

@@ -1,7 +1,8 @@
 """Config fields as a family declares them, and the templates that refer to them.
 
-A template is a literal, "$field", a table or list of templates, or one operator table:
-{ if, then, else }   { map, to }   { product }   { power }   { first }
+A template is a literal, "$field", "$layer" (the number of the layer), a table or list of
+templates, or one operator table:
+{ if, then, else }   { map, to }   { product }   { sum }   { power }   { first }   { less }
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BadSpec
 from .family import Family, Field, common
+from .faults import bad_config, bad_family, shown
 
 Config = dict[str, Any]
+MAX_ENTRIES = 1 << 12  # of a list, which says something of each layer
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,20 @@ class Fields:
 
     family: Family
     values: dict[str, Any]
+
+    def at(self, layer: int) -> Fields:
+        """The same entries as they are for one layer, which `$layer` then names."""
+        values: dict[str, Any] = {"layer": layer}
+        for name, value in self.values.items():
+            if self.family.config[name].per_layer and isinstance(value, list):
+                if layer >= len(value):
+                    raise bad_config(
+                        f"{self.key(name)} has {len(value)} entries, none for layer {layer}",
+                        "one entry per layer",
+                    )
+                value = value[layer]
+            values[name] = value
+        return Fields(self.family, values)
 
     def key(self, name: str) -> str:
         """The name in config.json, for messages."""
@@ -37,37 +53,56 @@ def read_fields(family: Family, config: Config) -> Fields:
     fields = Fields(family, {n: _read(n, f, config) for n, f in family.config.items()})
     for name, allowed in family.require.items():
         value = fields.values[name]
-        if value is not None and value not in allowed:
-            raise BadSpec(
-                f"{fields.key(name)}: {value!r} is not known for the family {family.family}",
-                where="config.json",
-                need=" or ".join(repr(a) for a in allowed),
+        if value is not None and not _allowed(value, allowed):
+            raise bad_config(
+                f"{fields.key(name)}: {shown(value)} is not known for the family {family.family}",
+                " or ".join(repr(a) for a in allowed),
+                "the layer may compute something else; if not, describe it with --family FILE",
             )
     return fields
 
 
+def _allowed(value: Any, allowed: list[Any]) -> bool:
+    # 1 == True in Python: a number must not pass for a flag.
+    return any(value == a and (type(value) is type(a) or type(a) is float) for a in allowed)
+
+
+def find(config: Config, key: str) -> tuple[bool, Any]:
+    """(whether `config` has `key`, a name or a path of names, and its value)."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
+
+
 def _read(name: str, field: Field, config: Config) -> Any:
-    present = {key: config[key] for key in field.keys if key in config}
+    looked_up = {key: find(config, key) for key in field.keys}
+    present = {key: value for key, (there, value) in looked_up.items() if there}
+    if field.kind == "length":
+        present = {k: len(v) if isinstance(v, (list, str)) else v for k, v in present.items()}
     if not present:
         if field.required:
-            raise BadSpec(
-                f"{' / '.join(field.keys)} is missing", where="config.json", need=_WORDS[field.kind]
-            )
+            raise bad_config(f"{' / '.join(field.keys)} is missing", _WORDS[field.kind])
         return field.default
     values = list(present.values())
     if any(v != values[0] or type(v) is not type(values[0]) for v in values[1:]):
-        shown = ", ".join(f"{k} = {v!r}" for k, v in present.items())
-        raise BadSpec(f"{shown} contradict each other", where="config.json", need="one value")
+        every = ", ".join(f"{k} = {shown(v)}" for k, v in present.items())
+        raise bad_config(f"{every} contradict each other", "one value")
     key, value = next(iter(present.items()))
     if value is None:
         if field.optional:
             return None
-        raise BadSpec(f"{key} is null", where="config.json", need=_WORDS[field.kind])
+        raise bad_config(f"{key} is null", _WORDS[field.kind])
+    if field.per_layer and isinstance(value, list):
+        return [None if v is None else _typed(key, field.kind, v) for v in value]
     return _typed(key, field.kind, value)
 
 
 _WORDS = {
     "size": "a positive integer",
+    "length": "a positive integer",
     "count": "an integer of at least 0",
     "integer": "an integer",
     "number": "a finite number",
@@ -83,13 +118,13 @@ def _typed(key: str, kind: str, value: Any) -> Any:
         parts = [part.strip() for part in value.split(",") if part.strip()]
         value = [int(part) if part.isdecimal() else part for part in parts]
     if not _fits(kind, value):
-        raise BadSpec(f"{key}: {value!r} is not valid", where="config.json", need=_WORDS[kind])
+        raise bad_config(f"{key}: {shown(value)} is not valid", _WORDS[kind])
     return float(value) if kind == "number" else value
 
 
 def _fits(kind: str, value: Any) -> bool:
     whole = type(value) is int and abs(value) < 1 << 40
-    if kind == "size":
+    if kind in ("size", "length"):
         return whole and value >= 1
     if kind == "count":
         return whole and value >= 0
@@ -102,7 +137,11 @@ def _fits(kind: str, value: Any) -> bool:
     if kind == "text":
         return isinstance(value, str)
     item = int if kind == "ints" else str
-    return isinstance(value, list) and all(type(v) is item for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_ENTRIES
+        and all(type(v) is item for v in value)
+    )
 
 
 def resolve(template: Any, fields: Fields) -> Any:
@@ -122,8 +161,10 @@ def resolve(template: Any, fields: Fields) -> Any:
 def _lookup(reference: Any, fields: Fields) -> Any:
     name = reference[1:] if isinstance(reference, str) else None
     if name not in fields.values:
-        raise BadSpec(
-            f"{reference!r} refers to no config field", where=fields.family.source, need="[config]"
+        raise bad_family(
+            f"{reference!r} refers to no config field",
+            fields.family.source,
+            ", ".join(fields.values),
         )
     return fields.values[name]
 
@@ -135,15 +176,16 @@ def _if(template: Config, fields: Fields) -> Any:
 
 def _map(template: Config, fields: Fields) -> Any:
     value = resolve(template["map"], fields)
+    if isinstance(value, bool):
+        value = str(value).lower()  # as TOML and JSON write it
     table = template["to"]
     if isinstance(table, str):
         table = common().maps[table]
     if str(value) not in table:
-        raise BadSpec(
-            f"{fields.key(template['map'][1:])}: {value!r} is not known",
-            where="config.json",
-            need=", ".join(sorted(table)),
-            hint=f"the family file {fields.family.source} says what each name means",
+        raise bad_config(
+            f"{fields.key(template['map'][1:])}: {shown(value)} is not known",
+            ", ".join(sorted(table)),
+            f"the family file {fields.family.source} says what each name means",
         )
     return resolve(table[str(value)], fields)
 
@@ -153,7 +195,11 @@ def _numbers(template: Config, operator: str, fields: Fields) -> list[Any]:
     if any(v is None for v in values):
         return []
     if not all(type(v) in (int, float) for v in values):
-        raise BadSpec(f"{template}: {values} are not numbers", where=fields.family.source)
+        raise bad_family(
+            f"{template}: {values} are not numbers",
+            fields.family.source,
+            "numbers, or fields of a kind that is a number",
+        )
     return values
 
 
@@ -162,9 +208,25 @@ def _product(template: Config, fields: Fields) -> Any:
     return math.prod(values) if values else None
 
 
+def _sum(template: Config, fields: Fields) -> Any:
+    values = _numbers(template, "sum", fields)
+    return sum(values) if values else None
+
+
+def _less(template: Config, fields: Fields) -> Any:
+    values = _numbers(template, "less", fields)
+    return bool(values) and values[0] < values[1]
+
+
 def _power(template: Config, fields: Fields) -> Any:
     values = _numbers(template, "power", fields)
-    return values[0] ** values[1] if values else None
+    if not values:
+        return None
+    try:
+        return math.pow(*values)
+    except (ValueError, OverflowError):  # 0 to a negative power, a negative base, a huge result
+        raise bad_config(f"{values[0]} to the power of {values[1]} is no number", "a number"
+                         ) from None  # fmt: skip
 
 
 def _first(template: Config, fields: Fields) -> Any:
@@ -172,4 +234,12 @@ def _first(template: Config, fields: Fields) -> Any:
     return next((v for v in values if v is not None), None)
 
 
-_OPERATORS = {"if": _if, "map": _map, "product": _product, "power": _power, "first": _first}
+_OPERATORS = {
+    "if": _if,
+    "map": _map,
+    "product": _product,
+    "sum": _sum,
+    "power": _power,
+    "first": _first,
+    "less": _less,
+}

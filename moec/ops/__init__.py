@@ -18,10 +18,12 @@ from . import (
     grouped_matmul,
     indexed_matmul,
     linear,
+    pass_weight,
     reduce,
     rms_norm,
     route,
     sort,
+    sum_rows,
 )
 from .define import OpDef, register_all
 
@@ -36,6 +38,8 @@ ALL: tuple[OpDef, ...] = (
     expert_loop.OP,
     activation.OP,
     reduce.OP,
+    sum_rows.OP,
+    pass_weight.OP,
     combine.OP,
 )
 

@@ -39,4 +39,5 @@ def from_attrs(cls: type[S], attrs: Mapping[str, Any], nested: tuple[str, ...] =
         else:
             if key in known:
                 data[key] = value
-    return restore(cls, data)
+    spec: S = restore(cls, data)
+    return spec

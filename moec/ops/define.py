@@ -60,7 +60,7 @@ def attributes(call: relax.Call) -> dict[str, Any]:
     """The attributes of a call as plain Python values."""
     if call.attrs is None:
         return {}
-    return {str(k): _plain(call.attrs[k]) for k in call.attrs.keys()}  # noqa: SIM118
+    return {str(k): _plain(call.attrs[k]) for k in call.attrs.keys()}
 
 
 def _plain(value: Any) -> Any:
@@ -73,11 +73,7 @@ def _plain(value: Any) -> Any:
 
 def is_call(expr: Any, op: OpDef) -> bool:
     """Whether an expression is a call of `op`."""
-    return (
-        isinstance(expr, relax.Call)
-        and isinstance(expr.op, Op)
-        and expr.op.name == op.full_name
-    )
+    return isinstance(expr, relax.Call) and isinstance(expr.op, Op) and expr.op.name == op.full_name
 
 
 def shape_of(ty: Any) -> list[Any]:

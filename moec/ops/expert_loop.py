@@ -8,8 +8,9 @@ from .define import Attrs, OpDef, Types, shape_of, tensor
 
 
 def _infer(types: Types, attrs: Attrs) -> Any:
-    tokens = shape_of(types["topk_ids"])[0]
-    return tensor([tokens, shape_of(types["down"])[1]], "float32")
+    tokens, top_k = shape_of(types["topk_ids"])
+    rows = tokens * top_k if attrs.get("each") else tokens
+    return tensor([rows, shape_of(types["down"])[1]], "float32")
 
 
 OP = OpDef(

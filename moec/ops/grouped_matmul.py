@@ -2,7 +2,8 @@
 
 Before any pass it is the plain matmul. Passes fold what surrounds it into its attributes:
 `gather` (rows are read through row_order), `activation` (applied in the epilogue), `reduce`
-(rows weighted and summed into their tokens).
+(rows weighted and summed into their tokens; with `each` they are written one by one, in the
+order of their pairs and without weight).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def result_type(name: str, types: Types, attrs: Attrs, rows: Any) -> Any:
     columns = weight[1]
     if attrs.get("activation") and attrs["gated"]:
         columns = tirx.floordiv(columns, 2)
-    if attrs.get("reduce"):
+    if attrs.get("reduce") and not attrs.get("each"):
         rows = tirx.floordiv(rows, int(attrs["top_k"]))
     return tensor([simplify(rows), simplify(columns)], str(attrs.get("dtype", "float32")))
 

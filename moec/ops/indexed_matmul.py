@@ -13,6 +13,4 @@ def _infer(types: Types, attrs: Attrs) -> Any:
     return result_type("indexed_matmul", types, attrs, tokens * top_k)
 
 
-OP = OpDef(
-    "indexed_matmul", __doc__, ("x", "weight", "topk_ids"), ("topk_weights", "bias"), _infer
-)
+OP = OpDef("indexed_matmul", __doc__, ("x", "weight", "topk_ids"), ("topk_weights", "bias"), _infer)

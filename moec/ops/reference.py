@@ -39,10 +39,13 @@ Parameters = Mapping[str, Array]
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def route(spec: MoESpec, parameters: Parameters, x: Array) -> tuple[Array, Array]:
+def route(
+    spec: MoESpec, parameters: Parameters, x: Array, token_ids: Array | None = None
+) -> tuple[Array, Array]:
     """x [T, H] -> (topk_ids int32 [T, K], topk_weights float64 [T, K]).
 
-    Among equal values the lowest expert id is chosen.
+    Among equal values the lowest expert id is chosen. `token_ids` [T] is needed for a token
+    table.
     """
     router = spec.router
     x = _norm(spec, parameters, "router_input", x)
@@ -59,7 +62,13 @@ def route(spec: MoESpec, parameters: Parameters, x: Array) -> tuple[Array, Array
         ids, weights = _sparsemixer(router, logits, precision)
     else:
         score = _score(router, logits)
-        ids = _select(router, score, parameters)
+        if router.selection is Selection.TOKEN_TABLE:
+            assert token_ids is not None
+            ids = parameters["token_table"][token_ids].astype(np.int64)
+        else:
+            ids = _select(router, score[:, : router.selectable], parameters)
+        always = np.arange(router.selectable, router.num_experts)
+        ids = np.concatenate([ids, np.broadcast_to(always, (len(ids), router.always))], axis=1)
         weights = _weights(router, np.take_along_axis(score, ids, 1))
     weights = _finish(router, weights, ids, parameters)
     if router.weights_dtype is Precision.MODEL:
@@ -68,9 +77,16 @@ def route(spec: MoESpec, parameters: Parameters, x: Array) -> tuple[Array, Array
 
 
 def experts(spec: MoESpec, parameters: Parameters, x: Array, ids: Array, weights: Array) -> Array:
-    """The routed sum [T, H] in float64: ids outside [0, E) contribute 0, repeated ids add up."""
+    """The routed sum [T, H] in float64; repeated ids add up.
+
+    Ids of zero experts pass x; ids outside all of them contribute 0.
+    """
     gate_up, down = parameters["gate_up"], parameters["down"]
-    own, out = spec.experts, np.zeros(x.shape, np.float64)
+    own, given = spec.experts, x.astype(np.float64)
+    if own.latent_size is not None:
+        x = given @ parameters["latent_in"].astype(np.float64).T
+        x = _norm(spec, parameters, "latent_input", x)
+    out: Array = np.zeros((len(x), own.width), np.float64)
     for e in range(own.num_experts):
         tokens, slots = np.nonzero(ids == e)
         if not tokens.size:
@@ -85,37 +101,61 @@ def experts(spec: MoESpec, parameters: Parameters, x: Array, ids: Array, weights
         h = activation(own.activation, h, own.gated) @ down[e].astype(np.float64).T
         if own.down_bias:
             h = h + parameters["down_bias"][e].astype(np.float64)
+        h = _norm(spec, parameters, "expert_output", h)
         np.add.at(out, tokens, weight * h)
-    return out * (spec.router.scale if spec.router.scale_on is ScaleOn.ROUTED_SUM else 1.0)
+    if own.latent_size is not None:
+        out = out @ parameters["latent_out"].astype(np.float64).T
+    zero = (ids >= own.num_experts) & (ids < own.num_experts + own.zero_experts)
+    out = out + np.where(zero, weights, 0.0).sum(axis=1, keepdims=True) * given
+    if spec.router.scale_on is ScaleOn.ROUTED_SUM:
+        out = out * spec.router.scale
+    return out
 
 
 def moe(
-    spec: MoESpec, parameters: Parameters, x: Array, routing: tuple[Array, Array] | None = None
+    spec: MoESpec,
+    parameters: Parameters,
+    x: Array,
+    routing: tuple[Array, Array] | None = None,
+    token_ids: Array | None = None,
+    shared_x: Array | None = None,
 ) -> Array:
-    """The whole block [T, H] in float64; `routing` replaces what `route` would choose."""
-    ids, weights = routing if routing is not None else route(spec, parameters, x)
+    """The whole block [T, H] in float64; `routing` replaces what `route` would choose.
+
+    `token_ids` [T] and `shared_x` [T, H] are needed by the few blocks that read them.
+    """
+    ids, weights = routing if routing is not None else route(spec, parameters, x, token_ids)
     inner = _norm(spec, parameters, "experts_input", x)
     total = _norm(
         spec, parameters, "experts_output", experts(spec, parameters, inner, ids, weights)
     )
     if spec.shared is not None:
-        total = total + _shared(spec, parameters, x)
+        total = _add_shared(spec, parameters, total, x, shared_x)
     total = _norm(spec, parameters, "block_output", total)
+    if spec.output_bias:
+        total = total + parameters["output_bias"].astype(np.float64)
     return total + x.astype(np.float64) if spec.norms.residual else total
 
 
-def _shared(spec: MoESpec, parameters: Parameters, x: Array) -> Array:
-    assert spec.shared is not None
-    inner = _norm(spec, parameters, "shared_input", x).astype(np.float64)
+def _add_shared(
+    spec: MoESpec, parameters: Parameters, routed: Array, x: Array, shared_x: Array | None
+) -> Array:
+    shared = spec.shared
+    assert shared is not None
+    inner = shared_x if shared.own_input else x
+    assert inner is not None
+    inner = _norm(spec, parameters, "shared_input", inner).astype(np.float64)
     h = inner @ parameters["shared_gate_up"].astype(np.float64).T
-    out = activation(spec.shared.activation, h, True) @ parameters["shared_down"].astype(
-        np.float64
-    ).T
-    out = _norm(spec, parameters, "shared_output", out)
-    if spec.shared.gate is SharedGate.SIGMOID:
-        gate = x.astype(np.float64) @ parameters["shared_router"].astype(np.float64).T
-        out = out * _sigmoid(gate)
-    return out
+    h = activation(shared.activation, h, shared.gated)
+    out = h @ parameters["shared_down"].astype(np.float64).T
+    out = _norm(spec, parameters, "shared_output", out) * shared.scale
+    if shared.gate is SharedGate.NONE:
+        return routed + out
+    gate = x.astype(np.float64) @ parameters["shared_router"].astype(np.float64).T
+    if shared.gate is SharedGate.SIGMOID:
+        return routed + out * _sigmoid(gate)
+    share = _softmax(gate + parameters["shared_router_bias"].astype(np.float64))
+    return routed * share[:, :1] + out * share[:, 1:]
 
 
 def activation(spec: ActivationSpec, h: Array, gated: bool) -> Array:
@@ -130,6 +170,8 @@ def activation(spec: ActivationSpec, h: Array, gated: bool) -> Array:
         return value
     if spec.clamp is not Clamp.NONE:
         up = np.clip(up, -spec.limit, spec.limit)
+    if spec.up_cap is not None:
+        up = spec.up_cap * np.tanh(up / spec.up_cap)
     return value * (up + spec.up_offset)
 
 
@@ -138,13 +180,17 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 def _nonlinearity(spec: ActivationSpec, g: Array) -> Array:
     if spec.kind is Nonlinearity.SILU:
-        return g * _sigmoid(spec.alpha * g)
+        cap = spec.gate_cap
+        linear: Array = g if cap is None else cap * np.tanh(g / cap)
+        out: Array = linear * _sigmoid(spec.alpha * g)
+        return out
     if spec.kind is Nonlinearity.GELU_ERF:
-        return 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
+        exact: Array = 0.5 * g * (1.0 + _erf(g / math.sqrt(2.0)))
+        return exact
     if spec.kind is Nonlinearity.GELU_TANH:
         inner = math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3)
         return 0.5 * g * (1.0 + np.tanh(inner))
-    positive = np.maximum(g, 0.0)
+    positive: Array = np.maximum(g, 0.0)
     return positive if spec.kind is Nonlinearity.RELU else positive**2
 
 
@@ -162,10 +208,14 @@ def _norm(spec: MoESpec, parameters: Parameters, position: str, x: Array) -> Arr
     if norm is None:
         return x
     wide = x.astype(np.float64)
-    out = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
+    vector: Array = np.ones(1)
     if norm.weighted:
-        out = out * parameters[f"norm_{position}"].astype(np.float64)
-    return out * norm.scale
+        vector = parameters[f"norm_{position}"].astype(np.float64) + norm.offset
+    if norm.vector_first:
+        wide, vector = wide * vector, np.ones(1)
+    out: Array = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
+    out = out * vector * norm.scale
+    return out
 
 
 def _score(router: RouterSpec, logits: Array) -> Array:
@@ -174,13 +224,15 @@ def _score(router: RouterSpec, logits: Array) -> Array:
     if router.score is Score.SIGMOID:
         return _sigmoid(logits)
     if router.score is Score.SQRT_SOFTPLUS:
-        return np.sqrt(np.logaddexp(logits, 0.0))
+        root: Array = np.sqrt(np.logaddexp(logits, 0.0))
+        return root
     return logits
 
 
 def _softmax(values: Array) -> Array:
-    top = np.exp(values - values.max(axis=1, keepdims=True, initial=-np.inf))
-    return top / top.sum(axis=1, keepdims=True)
+    top: Array = np.exp(values - values.max(axis=1, keepdims=True, initial=-np.inf))
+    top = top / top.sum(axis=1, keepdims=True)
+    return top
 
 
 def _select(router: RouterSpec, score: Array, parameters: Parameters) -> Array:
@@ -190,7 +242,7 @@ def _select(router: RouterSpec, score: Array, parameters: Parameters) -> Array:
     if router.groups is not None:
         groups = router.groups
         ranked = choice if groups.biased else score
-        size = router.num_experts // groups.count
+        size = router.selectable // groups.count
         parts = np.sort(ranked.reshape(len(score), groups.count, size), axis=2)
         value = parts[..., -1]
         if groups.score is GroupScore.SUM_TOP2:
@@ -199,7 +251,7 @@ def _select(router: RouterSpec, score: Array, parameters: Parameters) -> Array:
         np.put_along_axis(kept, _best(value, groups.kept), True, 1)
         mask = np.repeat(kept, size, axis=1)
         choice = np.where(mask, choice, -np.inf if groups.masked is Masked.MINUS_INF else 0.0)
-    return _best(choice, router.top_k)
+    return _best(choice, router.selected)
 
 
 def _best(values: Array, count: int) -> Array:
@@ -226,6 +278,8 @@ def _finish(router: RouterSpec, weights: Array, ids: Array, parameters: Paramete
         weights = weights / powers ** (1.0 / router.renorm_p)
     if router.scale_on is ScaleOn.WEIGHTS:
         weights = weights * router.scale
+    if router.global_scale:
+        weights = weights * parameters["global_scale"].astype(np.float64)
     if router.per_expert_scale:
         weights = weights * parameters["per_expert_scale"].astype(np.float64)[ids]
     return weights

@@ -96,7 +96,8 @@ def _expert_elements(spec: MoESpec) -> int:
 
 
 def _expert_bytes(spec: MoESpec) -> int:
-    return _expert_elements(spec) * np.dtype(_DTYPES[spec.dtype]).itemsize
+    dtype: np.dtype[Any] = np.dtype(_DTYPES[spec.dtype])
+    return _expert_elements(spec) * dtype.itemsize
 
 
 def _time(block: Block, xs: list[Array], schedule: str) -> float:

@@ -88,7 +88,9 @@ class Call:
         self._function = function
         self._library = library
         self._parameters = parameters
-        self._experts = spec.num_experts
+        # Ids beyond these name nothing, however wide they come.
+        experts = spec.num_experts + spec.zero_experts
+        self._ids = {"topk_ids": experts, "token_ids": _INT32}
         self._threads, self._workers = threads
         self._inputs = [_Port(t) for t in function.inputs]
         self._outputs = [_Port(t) for t in function.outputs]
@@ -99,6 +101,11 @@ class Call:
             if v.tokens
         ]
         self._frames = _Frames()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        return tuple(port.name for port in self._inputs)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -117,7 +124,7 @@ class Call:
         for port, arg in zip(self._inputs, args, strict=True):
             got = self._view(arg, port.name)
             if got.dtype == "int64" and port.dtype == "int32":
-                got = self._view(got.kind.as_int32(arg, self._experts), port.name)
+                got = self._view(got.kind.as_int32(arg, self._ids[port.name]), port.name)
             port.accept(got, port.name)
             if views and got.shape[0] != views[0].shape[0]:
                 raise self._uneven(port, port.name, got, views[0].shape[0])

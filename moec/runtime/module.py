@@ -55,6 +55,12 @@ def load(
     in it runs here), UsageError (no artifact, missing checkpoint, senseless argument).
     """
     parts = _threads(threads)
+    if verify == Verify.MANIFEST:
+        raise UsageError(
+            "a library is never loaded unhashed",
+            where="verify",
+            need="full or library",
+        )
     artifact = Artifact.open(path, verify)
     name = _choose_target(artifact, device)
     gpu = _gpu(device)
@@ -152,17 +158,35 @@ class Block:
             for name, function in compiled.functions.items()
         }
 
-    def __call__(self, x: Any, out: Any = None, schedule: str | None = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        out: Any = None,
+        schedule: str | None = None,
+        *,
+        token_ids: Any = None,
+        shared_x: Any = None,
+    ) -> Any:
         """y [T, H] of the whole block: route, experts, shared experts, norms.
 
         `out` is an optional tensor [T, H] for the result, `schedule` forces a compiled
-        schedule by name. Raises InputError for a tensor that does not fit.
+        schedule by name. Few blocks have further inputs: `token_ids` [T] int32 of the input
+        tokens, where they choose the experts, and `shared_x` [T, H], where the shared expert
+        reads something else than x. Raises InputError for a tensor that does not fit, and for
+        one that the block needs or does not know.
         """
-        return self._function("moe")((x,), out, schedule)[0]
+        inputs = self._inputs("moe", x, token_ids=token_ids, shared_x=shared_x)
+        return self._function("moe")(inputs, out, schedule)[0]
 
-    def route(self, x: Any, schedule: str | None = None) -> tuple[Any, Any]:
-        """(topk_ids int32 [T, K], topk_weights float32 [T, K]) of the router for x [T, H]."""
-        ids, weights = self._function("route")((x,), None, schedule)
+    def route(
+        self, x: Any, schedule: str | None = None, *, token_ids: Any = None
+    ) -> tuple[Any, Any]:
+        """(topk_ids int32 [T, K], topk_weights float32 [T, K]) of the router for x [T, H].
+
+        `token_ids` [T] int32 is needed where they choose the experts, as for the whole block.
+        """
+        inputs = self._inputs("route", x, token_ids=token_ids)
+        ids, weights = self._function("route")(inputs, None, schedule)
         return ids, weights
 
     def experts(
@@ -189,6 +213,18 @@ class Block:
         """The schedules that "moe", "route" or "experts" was compiled with."""
         return self._function(function).schedules
 
+    def _inputs(self, function: str, x: Any, **more: Any) -> tuple[Any, ...]:
+        needed = self._function(function).inputs
+        for name, tensor in more.items():
+            if (tensor is not None) != (name in needed):
+                problem = "needs" if tensor is None else "has no input"
+                raise InputError(
+                    f"{function} of layer {self.layer} {problem} {name}",
+                    where=name,
+                    need=f"{', '.join(needed)}",
+                )
+        return tuple({"x": x, **more}[name] for name in needed)
+
     def _function(self, name: str) -> Call:
         call = self._calls.get(name)
         if call is None:
@@ -202,7 +238,7 @@ class Block:
     def _check_ids(self, topk_ids: Any) -> None:
         got = view(topk_ids, "topk_ids")
         array = topk_ids if isinstance(topk_ids, np.ndarray) else np.from_dlpack(topk_ids)
-        experts = self.spec.experts.num_experts
+        experts = self.spec.experts.num_experts + self.spec.experts.zero_experts
         if got.dtype in ("int32", "int64") and array.size:
             for bad in (int(array.min()), int(array.max())):
                 if not 0 <= bad < experts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from ..errors import TargetError
-from .base import Backend, Packed, Schedule, TokenRange, choose
+from .base import Backend, Chosen, Packed, Schedule, TokenRange, choose
 
 # Kind of target -> the module whose BACKEND lowers for it.
 _BACKENDS = {"cpu": ".cpu", "cuda": ".cuda"}
@@ -21,4 +21,4 @@ def backend(kind: str) -> Backend:
     return found
 
 
-__all__ = ["Backend", "Packed", "Schedule", "TokenRange", "backend", "choose"]
+__all__ = ["Backend", "Chosen", "Packed", "Schedule", "TokenRange", "backend", "choose"]

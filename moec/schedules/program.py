@@ -62,9 +62,7 @@ class Lowering:
         if logical is not None:
             own = list(logical.fields) if isinstance(logical, relax.TupleType) else [logical]
             types[: len(own)] = own
-        made = builder.emit(
-            relax.op.call_dps_packed(kernel.symbol, relax.Tuple(list(args)), types)
-        )
+        made = builder.emit(relax.op.call_dps_packed(kernel.symbol, relax.Tuple(list(args)), types))
         if len(types) == 1:
             return [made]
         return [builder.emit(relax.TupleGetItem(made, i)) for i in range(len(types))]

@@ -23,6 +23,8 @@ class Piece:
     `tensor` may hold "{e}", the expert number. `shape` is the shape on disk. `rows` are rows
     of the canonical per-expert array (of the whole array when the parameter is not per
     expert). After slicing by `index` the last two axes are swapped when `transpose`.
+    `experts` is the range [first, last) of experts that the tensor holds, counted from 0 in the
+    tensor (or in its name); None = all.
     """
 
     tensor: str
@@ -30,24 +32,41 @@ class Piece:
     rows: tuple[int, int]
     index: tuple[Axis, ...]
     transpose: bool
+    experts: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.index) != len(self.shape):
             raise BadWeights(f"{self.tensor}: {len(self.index)} slices for shape {self.shape}")
         for axis in self.index:
-            if not isinstance(axis, str) and len(axis) == 3 and (axis[0] < 0 or axis[2] < 1):
+            if not _forward(axis):
                 raise BadWeights(f"{self.tensor}: the slice {axis} is not forward")
 
     def name(self, expert: int) -> str:
         """The tensor's name for one expert."""
-        return self.tensor.replace("{e}", str(expert))
+        return self.tensor.replace("{e}", str(self.local(expert)))
+
+    def local(self, expert: int) -> int:
+        """The number of an expert within the tensor."""
+        return expert - (self.experts[0] if self.experts else 0)
+
+    def covers(self, expert: int) -> bool:
+        """Whether an expert is one of those that the tensor holds."""
+        return self.experts is None or self.experts[0] <= expert < self.experts[1]
 
     def elements(self) -> int:
         """Elements that one expert takes from the tensor."""
-        return math.prod(_extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True))
+        return math.prod(
+            _extent(axis, size) for axis, size in zip(self.index, self.shape, strict=True)
+        )
+
+    def holds(self, experts: int) -> bool:
+        """Whether every slice lies inside the tensor, for each of `experts` experts."""
+        ends = (_end(axis, experts) for axis in self.index)
+        return all(end <= size for end, size in zip(ends, self.shape, strict=True))
 
     def cut(self, array: Array, expert: int) -> Array:
         """The view of `array` that this piece means, rows first."""
+        expert = self.local(expert)
         key: list[Any] = []
         for axis in self.index:
             if isinstance(axis, str):
@@ -60,6 +79,14 @@ class Piece:
         return view.swapaxes(-1, -2) if self.transpose else view
 
 
+def _forward(axis: Axis) -> bool:
+    if isinstance(axis, str):
+        return axis == "e"
+    if len(axis) == 2:
+        return axis[1] >= 1
+    return 0 <= axis[0] <= axis[1] and axis[2] >= 1
+
+
 def _extent(axis: Axis, size: int) -> int:
     if isinstance(axis, str):
         return 1
@@ -68,12 +95,20 @@ def _extent(axis: Axis, size: int) -> int:
     return len(range(*slice(*axis).indices(size)))
 
 
+def _end(axis: Axis, experts: int) -> int:
+    """How many entries an axis must have at least."""
+    if isinstance(axis, str):
+        return experts
+    return axis[1] * experts if len(axis) == 2 else axis[1]
+
+
 @dataclass(frozen=True)
 class ParamPlan:
     """One canonical parameter: its shape, dtype, and the pieces that fill it.
 
     With `per_expert`, axis 0 of `shape` counts experts and each is read by itself. A matrix
-    has the same dtype on disk; a vector is float32 here and any float dtype on disk.
+    has the same dtype on disk; a vector is float32 here and any float dtype on disk; an int32
+    table may be int64 on disk.
     """
 
     shape: tuple[int, ...]
@@ -84,14 +119,26 @@ class ParamPlan:
     def __post_init__(self) -> None:
         if len(self.shape) <= self.per_expert:
             raise BadWeights(f"the shape {self.shape} has no rows")
+        starts = {piece.experts[0] if piece.experts else 0 for piece in self.pieces}
+        for expert in sorted({0, self.experts - 1} | starts):
+            self._check_rows(self.of(expert))
+
+    def of(self, expert: int) -> tuple[Piece, ...]:
+        """The pieces that fill one expert (of the only one, when not per expert)."""
+        return tuple(piece for piece in self.pieces if piece.covers(expert))
+
+    def _check_rows(self, pieces: tuple[Piece, ...]) -> None:
         rows, width = self.canonical[0], math.prod(self.canonical[1:])
         end = 0
-        for piece in self.pieces:
+        for piece in pieces:
             if piece.rows[0] != end or piece.rows[1] <= end:
                 raise BadWeights(f"rows {piece.rows} of {piece.tensor} do not follow row {end}")
             end = piece.rows[1]
             if piece.elements() != (piece.rows[1] - piece.rows[0]) * width:
                 raise BadWeights(f"{piece.tensor} does not fill rows {piece.rows} of {width}")
+            first, last = piece.experts or (0, self.experts)
+            if not piece.holds(last - first):
+                raise BadWeights(f"{piece.tensor} {piece.shape} has no {last - first} experts")
         if end != rows:
             raise BadWeights(f"the pieces fill {end} of {rows} rows")
 

@@ -22,11 +22,13 @@ from .reading import fill, numpy_dtype
 class WeightPlan:
     """The parameters of one block, and the name prefixes on disk that belong to it alone.
 
-    Every tensor under a prefix of `owns` must be used exactly once.
+    Every tensor under a prefix of `owns` must be used exactly once; those in `spare` may exist
+    and are never read.
     """
 
     params: tuple[tuple[str, ParamPlan], ...]
     owns: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ParamPlan:
         for known, plan in self.params:
@@ -39,7 +41,7 @@ class WeightPlan:
     def problems(self, checkpoint: Checkpoint) -> list[Problem]:
         """Everything that differs between this plan and the headers of `checkpoint`."""
         out = [p for name, plan in self.params for p in source_problems(name, plan, checkpoint)]
-        out += use_problems(self.params, self.owns, checkpoint)
+        out += use_problems(self.params, self.owns, self.spare, checkpoint)
         return out
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -65,9 +67,7 @@ class WeightPlan:
         fill(checkpoint, plan, e, out, allow_nonfinite)
         return out
 
-    def tensor(
-        self, checkpoint: Checkpoint, name: str, *, allow_nonfinite: bool = False
-    ) -> Array:
+    def tensor(self, checkpoint: Checkpoint, name: str, *, allow_nonfinite: bool = False) -> Array:
         """The whole canonical parameter, C-contiguous; vectors (biases, norms) as float32."""
         plan = self[name]
         out = np.empty(plan.shape, numpy_dtype(plan.dtype))
@@ -82,6 +82,7 @@ class WeightPlan:
             "order": [name for name, _ in self.params],
             "params": {name: _param_json(plan) for name, plan in self.params},
             "owns": list(self.owns),
+            "spare": list(self.spare),
         }
 
     @staticmethod
@@ -91,7 +92,8 @@ class WeightPlan:
             if sorted(data["order"]) != sorted(data["params"]):
                 raise ValueError("order does not list every parameter once")
             params = tuple((str(n), _param(data["params"][n])) for n in data["order"])
-            return WeightPlan(params, tuple(str(p) for p in data["owns"]))
+            owns, spare = data["owns"], data.get("spare", [])
+            return WeightPlan(params, tuple(map(str, owns)), tuple(map(str, spare)))
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise BadWeights(f"this is no weight plan: {error!r}", where="plan") from None
 
@@ -108,6 +110,7 @@ def _param_json(plan: ParamPlan) -> dict[str, Any]:
                 "rows": list(piece.rows),
                 "index": [a if isinstance(a, str) else list(a) for a in piece.index],
                 "transpose": piece.transpose,
+                **({"experts": list(piece.experts)} if piece.experts else {}),
             }
             for piece in plan.pieces
         ],
@@ -122,6 +125,7 @@ def _param(data: dict[str, Any]) -> ParamPlan:
             (int(p["rows"][0]), int(p["rows"][1])),
             tuple(_axis(a) for a in p["index"]),
             bool(p["transpose"]),
+            (int(p["experts"][0]), int(p["experts"][1])) if "experts" in p else None,
         )
         for p in data["pieces"]
     )

@@ -21,6 +21,8 @@ _EXPONENT = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy (or ml_dtypes) dtype of one of FLOAT_DTYPES; BadWeights for another name."""
+    if name == "int32":
+        return np.dtype(np.int32)
     if name not in FLOAT_DTYPES:
         raise BadWeights(f"the dtype {name!r} is not supported", need=", ".join(FLOAT_DTYPES))
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
@@ -30,7 +32,7 @@ def fill(
     checkpoint: Checkpoint, plan: ParamPlan, expert: int, out: Array, allow_nonfinite: bool
 ) -> None:
     """Write what `plan` says of `expert` into `out`, a C-contiguous array of plan.canonical."""
-    for piece in plan.pieces:
+    for piece in plan.of(expert):
         source = piece.name(expert)
         array = checkpoint.read(source)
         where = str(checkpoint.path / checkpoint.tensors[source].file)
@@ -42,6 +44,10 @@ def fill(
             )
         target = out[piece.rows[0] : piece.rows[1]]
         cut = piece.cut(array, expert).reshape(target.shape)
+        table = plan.dtype == "int32" and array.dtype in (np.int32, np.int64)
+        if table:
+            _fill_table(target, cut, source, where)
+            continue
         if not plan.is_vector and array.dtype != out.dtype:
             raise BadWeights(
                 f"tensor {source!r} is {array.dtype.name}", where=where, need=out.dtype.name
@@ -58,6 +64,12 @@ def fill(
                 hint="download the file again, or pass --allow-nonfinite to take it as it is",
             )
     checkpoint.verify_unchanged()
+
+
+def _fill_table(target: Array, source: Array, name: str, where: str) -> None:
+    if source.size and not 0 <= int(source.min()) <= int(source.max()) < 1 << 31:
+        raise BadWeights(f"tensor {name!r} holds an entry that is no expert id", where=where)
+    target[...] = source
 
 
 def _copy(target: Array, source: Array) -> None:

@@ -15,9 +15,9 @@ import pytest
 
 from moec import cli
 from moec.cli import compile as compile_verb
-from moec.cli import inspect as inspect_verb
-from moec.cli.console import size
+from moec.cli.console import Console
 from moec.errors import BadWeights, UsageError
+from moec.text import amount, ranges, size
 from tests.runtime import fake
 
 Capture = pytest.CaptureFixture[str]
@@ -123,10 +123,12 @@ def test_inspect_nothing(capsys: Capture, tmp_path: Path) -> None:
     assert code == 3 and out == "" and err.startswith("moec: error:")
 
 
-def test_ranges() -> None:
-    assert inspect_verb.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
-    assert inspect_verb.ranges([]) == ""
+def test_numbers_for_people() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert ranges([]) == ""
     assert [size(n) for n in (5, 1500, 805_306_368)] == ["5 B", "1.5 kB", "805.3 MB"]
+    counts = [amount(n) for n in (12_345, 1_000_000, 30_532_122_624, 1_040_000_000_000)]
+    assert counts == ["12,345", "1.0 million", "30.5 billion", "1.0 trillion"]
 
 
 def test_run(capsys: Capture, files: dict[str, Path], tmp_path: Path) -> None:
@@ -164,6 +166,9 @@ def test_run_route(capsys: Capture, files: dict[str, Path], tmp_path: Path) -> N
     assert code == 5 and "topk_ids differs" in err
     code, _, err = call(capsys, *base, "-o", tmp_path / "r.npy")
     assert code == 2 and "*.npz" in err
+    (tmp_path / "t.npz").write_bytes(b"PK\x03\x04")
+    code, _, err = call(capsys, *base, "--expect", tmp_path / "t.npz")
+    assert code == 3 and "this is no .npz file" in err
 
 
 def test_run_bfloat16(capsys: Capture, tmp_path: Path) -> None:
@@ -312,3 +317,17 @@ def test_colour_and_progress_need_a_terminal(
     monkeypatch.setenv("NO_COLOR", "1")
     _, _, err = call(capsys, "verify", "/nowhere", "-q")
     assert "\x1b" not in err
+
+
+def test_a_table_is_wrapped_on_a_terminal_only(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("name", "text"), ("a", "many words that do not fit into one line of a terminal")]
+    Console().table(rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 50
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 40
+    assert lines[2].startswith("      ") and lines[2].strip() in rows[1][1]

@@ -10,7 +10,6 @@ out of rounded logits, our error may exceed the error of the bfloat16 module by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes

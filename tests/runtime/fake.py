@@ -25,7 +25,7 @@ from moec.artifact.manifest import encode
 from moec.host import host, installed
 from moec.spec import ExpertsSpec, MoESpec, RouterSpec
 
-E, K, H, I = 4, 2, 8, 3  # noqa: E741
+E, K, H, I = 4, 2, 8, 3
 
 _HEAD = """
 @T.prim_func(s_tir=True)

@@ -12,7 +12,8 @@ import torch
 import tvm_ffi
 
 import moec.runtime
-from moec.errors import TargetError
+from moec.artifact import Verify
+from moec.errors import TargetError, UsageError
 from moec.runtime import Block, Model
 from tests.runtime import fake
 
@@ -40,6 +41,13 @@ def inputs(tokens: int, low: int = 0, high: int = fake.E) -> tuple[np.ndarray, .
     x = random.normal(size=(tokens, fake.H)).astype("f4")
     ids = random.integers(low, high, (tokens, fake.K)).astype("i4")
     return x, ids, random.random((tokens, fake.K)).astype("f4")
+
+
+def test_a_library_is_never_loaded_unhashed() -> None:
+    for level in ("manifest", Verify.MANIFEST):
+        with pytest.raises(UsageError, match="never loaded unhashed"):
+            moec.runtime.load(fake.shared(), verify=level)
+    assert moec.runtime.load(fake.shared(), verify="library").layers == (1, 3)
 
 
 def test_model(model: Model) -> None:

@@ -18,7 +18,8 @@ def nonlinearity(em: Emit, spec: ActivationSpec, g: Any) -> Any:
     """f(g); gelu_tanh is written with a sigmoid: (1 + tanh z) / 2 = sigmoid(2z)."""
     if spec.kind is Nonlinearity.SILU:
         inner = g if spec.alpha == 1.0 else g * em.splat(spec.alpha)
-        return em.bind(g * em.sigmoid(inner))
+        linear = g if spec.gate_cap is None else em.soft_cap(g, spec.gate_cap)
+        return em.bind(linear * em.sigmoid(inner))
     if spec.kind is Nonlinearity.GELU_TANH:
         cubic = em.fma(g * g * g, em.splat(_GELU_CUBIC), g)
         return em.bind(g * em.sigmoid(em.splat(_GELU_SCALE) * cubic))
@@ -44,6 +45,8 @@ def activate(em: Emit, spec: ActivationSpec, gate: Any, up: Any | None) -> Any:
         return value
     if spec.clamp is not Clamp.NONE:
         up = tirx.Min(tirx.Max(up, em.splat(-spec.limit)), limit)
+    if spec.up_cap is not None:
+        up = em.soft_cap(up, spec.up_cap)
     if spec.up_offset:
         up = up + em.splat(spec.up_offset)
     return em.bind(value * up)

@@ -50,11 +50,9 @@ def _pipeline() -> tuple[Any, Any, Any]:
     vectors, and their loops as they should be; the omitted passes took most of the time.
     """
 
-    @tvm.transform.module_pass(opt_level=0, name="moec.LowerCpu")
     def lower(module: tvm.IRModule, _: Any) -> tvm.IRModule:
         passes = (
             tirx.transform.FlattenBuffer(),
-            tirx.transform.StorageRewrite(),
             tirx.transform.StmtSimplify(),
             tirx.transform.RemoveNoOp(),
             tirx.transform.CommonSubexprElim(),
@@ -64,7 +62,8 @@ def _pipeline() -> tuple[Any, Any, Any]:
         )
         return tvm.transform.Sequential(passes)(module)
 
-    return lower, finalize_host_passes, finalize_device_passes
+    own = tvm.transform.module_pass(lower, opt_level=0, name="moec.LowerCpu")
+    return own, finalize_host_passes, finalize_device_passes
 
 
 def build(functions: Mapping[str, Any], target: Target, path: Path) -> None:

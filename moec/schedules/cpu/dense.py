@@ -46,9 +46,7 @@ def linear(symbol: str, isa: Isa, proj: Projection, block_words: int) -> Kernel:
     return build(symbol, isa, args, body)
 
 
-def gate_up(
-    symbol: str, isa: Isa, proj: Projection, spec: ActivationSpec, out: Operand
-) -> Kernel:
+def gate_up(symbol: str, isa: Isa, proj: Projection, spec: ActivationSpec, out: Operand) -> Kernel:
     """rows [T] x gate_up [2F, H] -> activated h [T, F], staged for the second matmul."""
     args = (staged("rows", proj.operand, 1), *proj.args("weight"), hidden("h", out, 1))
 

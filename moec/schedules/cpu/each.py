@@ -41,12 +41,14 @@ def expert_loop(
     out: Operand,
     top_k: int,
     weighted_input: bool,
+    rows_out: bool,
     block_words: int,
 ) -> Kernel:
     """rows, topk_ids, topk_weights, both weights -> y [T, H] float32.
 
     `members` [S] (the pairs of the current expert) and `h` [S] are scratch; `h_words` is the
-    same memory as `h`, as the second matmul reads it.
+    same memory as `h`, as the second matmul reads it. With `rows_out` y is [S], the rows
+    themselves in the order of their pairs.
     """
     args = (
         staged("rows", first.operand, top_k if weighted_input else 1),
@@ -54,7 +56,7 @@ def expert_loop(
         Buf("topk_weights", (PerToken(), top_k), "float32", True),
         *first.args("gate_up"),
         *second.args("down"),
-        accumulator("y", second.panels.rows, isa.panel),
+        accumulator("y", second.panels.rows, isa.panel, top_k if rows_out else 1),
         Buf("members", (PerToken(top_k),), "int32"),
         hidden("h", out, top_k),
     )
@@ -62,9 +64,7 @@ def expert_loop(
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
         words, dtype = second.operand.words
-        h_words = T.decl_buffer(
-            (tokens * top_k, i64(words)), dtype, data=b.h.data, align=64
-        )
+        h_words = T.decl_buffer((tokens * top_k, i64(words)), dtype, data=b.h.data, align=64)
 
         def member(row: Any) -> Any:
             return tirx.Cast("int64", tirx.BufferLoad(b.members, [row]))
@@ -73,10 +73,11 @@ def expert_loop(
             return member(row) if weighted_input else tirx.floordiv(member(row), i64(top_k))
 
         activated = store_activated(em, spec, first.panels, out, b.h)
-        summed = weighted_sum(em, b, top_k, not weighted_input, member)
+        by_weight = not (weighted_input or rows_out)
+        summed = weighted_sum(em, b, 1 if rows_out else top_k, by_weight, member)
 
         with chunk(i64(second.panels.count), threads) as (begin, end):
-            zero_columns(em, b.y, tokens, begin, end)
+            zero_columns(em, b.y, tokens * top_k if rows_out else tokens, begin, end)
         with loop(first.panels.groups) as e:
             count = scalar("int64", i64(0))
             with loop(tokens) as t, loop(top_k) as k:

@@ -36,12 +36,28 @@ define <16 x i16> @moec_cvtbf16(<16 x float> %a) alwaysinline nounwind {
 }
 """
 
+# Every vector register counts as overwritten by the first, so no value stays in one across it;
+# no load moves across the second.
+_RELEASE_LLVM = """
+define void @moec_release_registers() alwaysinline nounwind {{
+  call void asm sideeffect "", "{clobbers}"()
+  ret void
+}}
+define void @moec_keep_order() alwaysinline nounwind {{
+  call void asm sideeffect "", "~{{memory}}"()
+  ret void
+}}
+"""
+
 _LOG2E = 1.4426950408889634
 _LN2_HI = 0.693145751953125  # 11 significant bits: n * _LN2_HI is exact for |n| < 2^13
 _LN2_LO = 1.4286068203094172e-06
 _EXP_LOW, _EXP_HIGH = -87.0, 88.0  # exp stays normal and finite in between
 # Taylor coefficients of e^r for |r| <= ln2/2: the first omitted term is r^8/8! < 6e-9.
 _EXP_POLY = tuple(1.0 / math.factorial(i) for i in range(7, -1, -1))
+# tanh x = x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - ...: 9e-3 x^10 is left out.
+_TANH_POLY = (62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0)
+_TANH_NEAR = 0.3
 # Abramowitz and Stegun 7.1.26: |error| of erf <= 1.5e-7.
 _ERF_P = 0.3275911
 _ERF_POLY = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
@@ -73,8 +89,15 @@ class Emit:
 
     @property
     def llvm(self) -> str:
-        """LLVM IR that kernels import; empty when the ISA needs no helper."""
-        return _AVX512_BF16_LLVM if self.isa.bf16_dot else ""
+        """LLVM IR of the helpers that kernels import."""
+        name, count = self.isa.registers
+        clobbers = ",".join(f"~{{{name}{i}}}" for i in range(count))
+        release = _RELEASE_LLVM.format(clobbers=clobbers)
+        return release + (_AVX512_BF16_LLVM if self.isa.bf16_dot else "")
+
+    def release_registers(self) -> None:
+        """Keep LLVM from holding constants of an epilogue in registers that a tile needs."""
+        T.evaluate(T.call_extern("int32", "moec_release_registers"))
 
     # -- values ---------------------------------------------------------------------------
     def splat(self, value: Any) -> Any:
@@ -98,6 +121,10 @@ class Emit:
     def bind(self, value: Any) -> Any:
         """Name a value, so that it is computed once."""
         return T.bind(value)
+
+    def keep_order(self) -> None:
+        """Keep LLVM from loading early what a later step needs, for want of registers."""
+        T.evaluate(T.call_extern("int32", "moec_keep_order"))
 
     # -- arithmetic -----------------------------------------------------------------------
     def intrinsic(self, name: str, dtype: str, *args: Any) -> Any:
@@ -154,6 +181,22 @@ class Emit:
         """1 / (1 + e^-x)."""
         one = self.splat(1.0)
         return self.bind(one / (one + self.exp(self.splat(0.0) - x)))
+
+    def tanh(self, x: Any) -> Any:
+        """tanh(x), relative error below 1e-6: a series near 0, where 2 sigmoid(2x) - 1 cancels."""
+        x = self.bind(x)
+        square = self.bind(x * x)
+        p = self.splat(_TANH_POLY[0])
+        for c in _TANH_POLY[1:]:
+            p = self.bind(self.fma(p, square, self.splat(c)))
+        two = self.splat(2.0)
+        far = two * self.sigmoid(two * x) - self.splat(1.0)
+        near = square < self.splat(_TANH_NEAR * _TANH_NEAR)
+        return self.bind(tirx.Select(near, p * x, far))
+
+    def soft_cap(self, x: Any, cap: float) -> Any:
+        """cap * tanh(x / cap)."""
+        return self.bind(self.splat(cap) * self.tanh(x * self.splat(1.0 / cap)))
 
     def erf(self, x: Any) -> Any:
         """erf(x), absolute error below 2e-7."""

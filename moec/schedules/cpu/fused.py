@@ -83,12 +83,19 @@ def gate_up(
 
 
 def down(
-    symbol: str, isa: Isa, proj: Projection, top_k: int, weighted: bool, block_words: int
+    symbol: str,
+    isa: Isa,
+    proj: Projection,
+    top_k: int,
+    weighted: bool,
+    each: bool,
+    block_words: int,
 ) -> Kernel:
     """Second grouped matmul with the routing weight and the sum over experts fused in.
 
     h [S], row_order, expert_offsets, (topk_weights), weights -> y [T, H] float32, where
     y[t] = sum over the experts of t, in ascending order, of w * (down_e h + bias_e).
+    With `each` y is [S], the rows themselves in the order of their pairs.
     """
     experts = proj.panels.groups
     blocks = k_blocks(proj.panels, block_words)
@@ -98,13 +105,14 @@ def down(
         *_sorting(experts, top_k),
         *weights,
         *proj.args("down"),
-        accumulator("y", proj.panels.rows, isa.panel),
+        accumulator("y", proj.panels.rows, isa.panel, top_k if each else 1),
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
-        finish = weighted_sum(em, b, top_k, weighted, lambda row: _at(b.row_order, row))
+        own = 1 if each else top_k
+        finish = weighted_sum(em, b, own, weighted, lambda row: _at(b.row_order, row))
         with chunk(i64(proj.panels.count), threads) as (begin, end):
-            zero_columns(em, b.y, tokens, begin, end)
+            zero_columns(em, b.y, tokens * top_k if each else tokens, begin, end)
             sums = scratch(em)
             with loop(experts) as e:
                 rows = _rows(em, b, e, lambda row: row)

@@ -73,9 +73,18 @@ def gate_up(
 
 
 def down(
-    symbol: str, isa: Isa, proj: Projection, top_k: int, weighted: bool, block_words: int
+    symbol: str,
+    isa: Isa,
+    proj: Projection,
+    top_k: int,
+    weighted: bool,
+    each: bool,
+    block_words: int,
 ) -> Kernel:
-    """h [S], topk_ids, (topk_weights), weights -> y [T, H] float32, summed in the order of k."""
+    """h [S], topk_ids, (topk_weights), weights -> y [T, H] float32, summed in the order of k.
+
+    With `each` y is [S], the rows themselves.
+    """
     blocks = k_blocks(proj.panels, block_words)
     weights = (Buf("topk_weights", (PerToken(), top_k), "float32", True),) if weighted else ()
     args = (
@@ -83,13 +92,13 @@ def down(
         Buf("topk_ids", (PerToken(), top_k), "int32", True),
         *weights,
         *proj.args("down"),
-        accumulator("y", proj.panels.rows, isa.panel),
+        accumulator("y", proj.panels.rows, isa.panel, top_k if each else 1),
     )
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
-        finish = weighted_sum(em, b, top_k, weighted, lambda pair: pair)
+        finish = weighted_sum(em, b, 1 if each else top_k, weighted, lambda pair: pair)
         with chunk(i64(proj.panels.count), threads) as (begin, end):
-            zero_columns(em, b.y, tokens, begin, end)
+            zero_columns(em, b.y, tokens * top_k if each else tokens, begin, end)
             sums = scratch(em)
             with loop(tokens) as t, loop(top_k) as k:
                 e, valid = _expert(em, b.topk_ids, t, k, proj.panels.groups)

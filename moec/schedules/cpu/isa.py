@@ -14,6 +14,7 @@ from dataclasses import dataclass
 class Isa:
     """One instruction set: vector width, register tile, and the special instructions used.
 
+    `registers` are the vector registers, as LLVM's inline assembly names them, and how many.
     `mcpu` and `mattr` make LLVM emit this set and no more. `features` are the CPU flags (names
     as in /proc/cpuinfo) without which the code would die of an illegal instruction; the
     artifact requires them of the machine that loads it.
@@ -25,6 +26,7 @@ class Isa:
     rows: int
     fma: bool
     bf16_dot: bool
+    registers: tuple[str, int]
     mcpu: str
     mattr: tuple[str, ...]
     features: tuple[str, ...]
@@ -46,14 +48,23 @@ _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
 # 32 registers of 16 lanes: 6 x 4 accumulators + 4 weights + 1 broadcast.
 AVX512_BF16 = Isa(
-    "avx512-bf16", 16, 4, 6, True, True, "x86-64-v4", ("+avx512bf16",), (*_V4, "avx512_bf16")
+    "avx512-bf16",
+    16,
+    4,
+    6,
+    True,
+    True,
+    ("xmm", 32),
+    "x86-64-v4",
+    ("+avx512bf16",),
+    (*_V4, "avx512_bf16"),
 )
-AVX512 = Isa("avx512", 16, 4, 6, True, False, "x86-64-v4", (), _V4)
+AVX512 = Isa("avx512", 16, 4, 6, True, False, ("xmm", 32), "x86-64-v4", (), _V4)
 # 16 registers of 8 lanes: 6 x 2 accumulators + 2 weights + 1 broadcast.
-AVX2 = Isa("avx2", 8, 2, 6, True, False, "x86-64-v3", (), _V3)
+AVX2 = Isa("avx2", 8, 2, 6, True, False, ("xmm", 16), "x86-64-v3", (), _V3)
 # Baseline x86-64 has neither FMA nor 8 lanes: a tile that any compiler can place.
-SSE2 = Isa("sse2", 4, 2, 4, False, False, "x86-64", (), ("sse2",))
+SSE2 = Isa("sse2", 4, 2, 4, False, False, ("xmm", 16), "x86-64", (), ("sse2",))
 # 32 registers of 4 lanes; fused multiply-add is part of the base architecture.
-NEON = Isa("neon", 4, 4, 6, True, False, "generic", (), ("asimd",))
+NEON = Isa("neon", 4, 4, 6, True, False, ("v", 32), "generic", (), ("asimd",))
 
 ISAS = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, SSE2, NEON)}

@@ -38,10 +38,7 @@ def build(symbol: str, isa: Isa, args: tuple[Buf, ...], body: Body) -> Kernel:
             shape = [d.count * tokens if isinstance(d, PerToken) else i64(d) for d in arg.shape]
             align = ITEM_BYTES[arg.dtype] if arg.foreign else 64
             setattr(bufs, arg.name, T.match_buffer(handle, shape, arg.dtype, align=align))
-        if em.llvm:
-            with T.attr(0, "pragma_import_llvm", em.llvm):
-                body(em, bufs, tokens, threads)
-        else:
+        with T.attr(0, "pragma_import_llvm", em.llvm):
             body(em, bufs, tokens, threads)
     return Kernel(symbol, args, ib.get())
 

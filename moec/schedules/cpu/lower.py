@@ -14,22 +14,25 @@ from ...ops import (
     grouped_matmul,
     indexed_matmul,
     linear,
+    pass_weight,
     rms_norm,
     route,
     sort,
+    sum_rows,
 )
 from ...ops.define import OpDef, attributes, dtype_of
-from ...spec import MoESpec
+from ...spec import MoESpec, SharedGate
 from ..base import Packed
-from ..buffers import Kernel
+from ..buffers import Kernel, PerToken
 from ..program import Legalize, Lowering
-from . import dense, each, finish, fused, gather, norm, pack, stage
+from . import dense, each, finish, fused, gather, norm, pack, rows, stage
 from . import route as route_kernel
 from . import sort as sort_kernel
 from .emit import round_up
 from .isa import Isa
 from .matmul import Projection
 from .tiles import Operand, Panels
+
 
 @dataclass(frozen=True)
 class CpuConfig:
@@ -58,6 +61,8 @@ class CpuLowering(Lowering):
             (grouped_matmul.OP, self._grouped),
             (indexed_matmul.OP, self._indexed),
             (expert_loop.OP, self._loop),
+            (sum_rows.OP, self._sum_rows),
+            (pass_weight.OP, self._pass_weight),
             (combine.OP, self._combine),
         )
         return {op.full_name: function for op, function in pairs}
@@ -96,14 +101,18 @@ class CpuLowering(Lowering):
     # -- ops --------------------------------------------------------------------------------
     def _norm(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = rms_norm.OP.bind(call), attributes(call)
-        spec, width = rms_norm.spec_of(attrs), self.spec.experts.hidden_size
+        spec, width = rms_norm.spec_of(attrs), int(call.ty.shape[1])
         x, out = args["x"], str(attrs["dtype"])
         made = self.buffer(bb, x)
         stride = width if made is None else int(made.shape[1])  # type: ignore[arg-type]
-        key = (spec, dtype_of(x.ty), out, stride)
+        lead = None if made is None else made.shape[0]
+        copies = lead.count if isinstance(lead, PerToken) else 1
+        key = (spec, width, dtype_of(x.ty), out, stride, copies)
         kernel = self.kernel(
             "norm", key,
-            lambda s: norm.rms_norm(s, self.isa, spec, width, dtype_of(x.ty), out, stride),
+            lambda s: norm.rms_norm(
+                s, self.isa, spec, width, dtype_of(x.ty), out, stride, copies
+            ),
         )  # fmt: skip
         operands = [x, args["weight"]] if "weight" in args else [x]
         return self.call(bb, kernel, operands, call.ty.shape[0], call.ty)[0]
@@ -112,10 +121,12 @@ class CpuLowering(Lowering):
         args, attrs = linear.OP.bind(call), attributes(call)
         name = args["weight"].name
         made = self.buffer(bb, args["x"])
-        source = self.spec.dtype if made is not None and made.name == "h" else dtype_of(args["x"].ty)
+        source = (
+            self.spec.dtype if made is not None and made.name == "h" else dtype_of(args["x"].ty)
+        )
         proj = self._projection(name, "bias" in args, source)
-        rows = self._stage(bb, args["x"], proj.operand)
-        operands = [rows, args["weight"], *([args["bias"]] if proj.bias else [])]
+        staged = self._stage(bb, args["x"], proj.operand)
+        operands = [staged, args["weight"], *([args["bias"]] if proj.bias else [])]
         if attrs.get("activation"):
             act, _ = grouped_matmul.activation_of(attrs)
             out = self._hidden(name.replace("gate_up", "down"))
@@ -137,8 +148,7 @@ class CpuLowering(Lowering):
             "route", (spec,),
             lambda s: route_kernel.route(s, self.isa, spec, dtype, columns),
         )  # fmt: skip
-        names = ("logits", "selection_bias", "per_expert_scale")
-        operands = [args[n] for n in names if n in args]
+        operands = [args[n] for n in ("logits", *route.EXTRA) if n in args]
         outs = self.call(bb, kernel, operands, args["logits"].ty.shape[0], call.ty)
         return relax.Tuple(outs[:2])
 
@@ -173,58 +183,84 @@ class CpuLowering(Lowering):
         top_k, weighted = self.spec.experts.top_k, "topk_weights" in args
         bias = [args["bias"]] if "bias" in args else []
         if attrs.get("reduce"):
+            rows_out = bool(attrs.get("each"))
+            weighted &= not rows_out
             proj = self._projection("down", bool(bias), self.spec.dtype)
             words = self.config.block_words
             kernel = self.kernel(
-                f"{role}_down", (proj, weighted, words),
-                lambda s: kernels.down(s, self.isa, proj, top_k, weighted, words),
+                f"{role}_down", (proj, weighted, rows_out, words),
+                lambda s: kernels.down(s, self.isa, proj, top_k, weighted, rows_out, words),
             )  # fmt: skip
             weights = [args["topk_weights"]] if weighted else []
             operands = [args["x"], *order, *weights, args["weight"], *bias]
             return self.call(bb, kernel, operands, call.ty.shape[0], call.ty)[0]
         proj = self._projection("gate_up", bool(bias), dtype_of(args["x"].ty))
-        rows = self._stage(bb, args["x"], proj.operand, args.get("topk_weights"))
+        staged = self._stage(bb, args["x"], proj.operand, args.get("topk_weights"))
         act, _ = grouped_matmul.activation_of(attrs)
         out = self._hidden("down")
         kernel = self.kernel(
             f"{role}_gate_up", (proj, act, out, weighted),
             lambda s: kernels.gate_up(s, self.isa, proj, act, out, top_k, weighted),
         )  # fmt: skip
-        operands = [rows, *order, args["weight"], *bias]
+        operands = [staged, *order, args["weight"], *bias]
         return self.call(bb, kernel, operands, args["x"].ty.shape[0], call.ty)[0]
 
     def _loop(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = expert_loop.OP.bind(call), attributes(call)
-        weighted = bool(attrs["weighted_input"])
+        weighted, rows_out = bool(attrs["weighted_input"]), bool(attrs.get("each"))
         first = self._projection("gate_up", "gate_up_bias" in args, dtype_of(args["x"].ty))
         second = self._projection("down", "down_bias" in args, self.spec.dtype)
-        rows = self._stage(
+        staged = self._stage(
             bb, args["x"], first.operand, args["topk_weights"] if weighted else None
         )
         act, _ = grouped_matmul.activation_of(attrs)
         out, top_k, words = self._hidden("down"), self.spec.experts.top_k, self.config.block_words
         kernel = self.kernel(
-            "expert_loop", (first, second, act, out, weighted, words),
+            "expert_loop", (first, second, act, out, weighted, rows_out, words),
             lambda s: each.expert_loop(
-                s, self.isa, first, second, act, out, top_k, weighted, words
+                s, self.isa, first, second, act, out, top_k, weighted, rows_out, words
             ),
         )  # fmt: skip
         names = ("topk_ids", "topk_weights", "gate_up", "gate_up_bias", "down", "down_bias")
-        operands = [rows, *(args[n] for n in names if n in args)]
+        operands = [staged, *(args[n] for n in names if n in args)]
         return self.call(bb, kernel, operands, call.ty.shape[0], call.ty)[0]
 
     def _combine(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = combine.OP.bind(call), attributes(call)
         dtype, scale = str(attrs["dtype"]), float(attrs["scale"])
-        width = self.spec.experts.hidden_size
+        width = int(call.ty.shape[1])
         present = tuple(n for n in combine.OP.optional if n in args)
         padded = bool(attrs.get("inner"))
+        # A gate without `mix` is the usual one, a sigmoid.
+        kind = SharedGate(attrs.get("mix", SharedGate.SIGMOID.value))
+        mix = (kind, float(attrs.get("shared_scale", 1.0)))
+        model = self.spec.dtype
         kernel = self.kernel(
-            "combine", (dtype, scale, present, padded),
-            lambda s: finish.combine(s, self.isa, width, dtype, scale, present, padded),
+            "combine", (width, dtype, scale, present, padded, mix),
+            lambda s: finish.combine(
+                s, self.isa, width, dtype, scale, present, padded, mix, model
+            ),
         )  # fmt: skip
         operands = [args["routed"], *(args[n] for n in present)]
         return self.call(bb, kernel, operands, call.ty.shape[0], call.ty)[0]
+
+    def _sum_rows(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
+        args, top_k = sum_rows.OP.bind(call), self.spec.experts.top_k
+        width, weighted = int(call.ty.shape[1]), "topk_weights" in args
+        kernel = self.kernel(
+            "sum_rows", (width, weighted),
+            lambda s: rows.sum_rows(s, self.isa, width, top_k, weighted),
+        )  # fmt: skip
+        return self.call(bb, kernel, list(args.values()), call.ty.shape[0], call.ty)[0]
+
+    def _pass_weight(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
+        args, attrs = pass_weight.OP.bind(call), attributes(call)
+        first, count = int(attrs["first"]), int(attrs["count"])
+        kernel = self.kernel(
+            "pass_weight", (first, count),
+            lambda s: rows.pass_weight(s, self.isa, self.spec.experts.top_k, first, count),
+        )  # fmt: skip
+        return self.call(bb, kernel, list(args.values()), call.ty.shape[0], call.ty)[0]
 
 
 def weight_panels(spec: MoESpec, isa: Isa) -> dict[str, Panels]:
@@ -234,16 +270,25 @@ def weight_panels(spec: MoESpec, isa: Isa) -> dict[str, Panels]:
         if name not in MATRICES:
             continue
         *groups, rows, cols = parameter.shape
-        gated = name == "shared_gate_up" or (name == "gate_up" and spec.experts.gated)
+        gated = name == "gate_up" and spec.experts.gated
+        gated |= name == "shared_gate_up" and spec.shared is not None and spec.shared.gated
         out[name] = Panels(
             groups[0] if groups else 1, rows, cols, parameter.dtype, gated, isa.panel
         )
     return out
 
 
-MATRICES = ("router", "gate_up", "down", "shared_gate_up", "shared_down", "shared_router")
+MATRICES = (
+    "router", "gate_up", "down", "latent_in", "latent_out", "shared_gate_up", "shared_down",
+    "shared_router",
+)  # fmt: skip
 # Bias vectors are packed in the order of their matrix's panel columns.
-BIASES = {"router_bias": "router", "gate_up_bias": "gate_up", "down_bias": "down"}
+BIASES = {
+    "router_bias": "router",
+    "gate_up_bias": "gate_up",
+    "down_bias": "down",
+    "shared_router_bias": "shared_router",
+}
 
 
 def packing(spec: MoESpec, isa: Isa, prefix: str) -> tuple[dict[str, Packed], dict[str, Kernel]]:
@@ -263,5 +308,5 @@ def packing(spec: MoESpec, isa: Isa, prefix: str) -> tuple[dict[str, Packed], di
             kernels[symbol] = pack.pack_bias(symbol, isa, own)
             packed[name] = Packed(name, own.bias_shape, "float32", symbol, False)
         else:
-            packed[name] = Packed(name, parameter.shape, "float32", None, False)
+            packed[name] = Packed(name, parameter.shape, parameter.dtype, None, False)
     return packed, kernels

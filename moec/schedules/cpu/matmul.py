@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -49,9 +50,9 @@ def hidden(name: str, operand: Operand, copies: int) -> Buf:
     return Buf(name, (PerToken(copies), operand.stride), storage(operand.dtype))
 
 
-def accumulator(name: str, width: int, em_panel: int) -> Buf:
-    """[T, width rounded up to panels] float32."""
-    return Buf(name, (PerToken(), round_up(width, em_panel)), "float32")
+def accumulator(name: str, width: int, em_panel: int, copies: int = 1) -> Buf:
+    """[T * copies, width rounded up to panels] float32."""
+    return Buf(name, (PerToken(copies), round_up(width, em_panel)), "float32")
 
 
 def k_blocks(panels: Panels, limit: int) -> list[tuple[int, int]]:
@@ -59,7 +60,7 @@ def k_blocks(panels: Panels, limit: int) -> list[tuple[int, int]]:
     if panels.depth <= limit + limit // 4:
         return [(0, panels.depth)]
     edges = [*range(0, panels.depth, limit), panels.depth]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def store_activated(

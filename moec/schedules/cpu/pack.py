@@ -51,9 +51,7 @@ def pack_matrix(symbol: str, isa: Isa, panels: Panels, per_expert: bool) -> Kern
 
                     def value(at: Any) -> Any:
                         inside = tirx.And(exists, at < i64(panels.cols))
-                        return T.if_then_else(
-                            inside, tirx.BufferLoad(b.src, [row, at]), zero
-                        )
+                        return T.if_then_else(inside, tirx.BufferLoad(b.src, [row, at]), zero)
 
                     at = [*(i64(0) for _ in lead), p, k, c]
                     T.buffer_store(b.dst, _word(em, panels, value, k), at)

@@ -34,9 +34,14 @@ def route(symbol: str, isa: Isa, spec: RouterSpec, dtype: str, columns: int) -> 
     groups = round_up(spec.groups.count if spec.groups else 1, isa.lanes)
     args = [Buf("logits", (PerToken(), columns), "float32")]
     if spec.selection_bias:
-        args.append(Buf("selection_bias", (spec.num_experts,), "float32"))
+        args.append(Buf("selection_bias", (spec.selectable,), "float32"))
     if spec.per_expert_scale:
         args.append(Buf("per_expert_scale", (spec.num_experts,), "float32"))
+    if spec.global_scale:
+        args.append(Buf("global_scale", (1,), "float32"))
+    if spec.selection is Selection.TOKEN_TABLE:
+        args.append(Buf("token_ids", (PerToken(),), "int32", True))
+        args.append(Buf("token_table", (spec.vocab_size, spec.top_k), "int32"))
     args += [
         Buf("topk_ids", (PerToken(), spec.top_k), "int32", True),
         Buf("topk_weights", (PerToken(), spec.top_k), "float32", True),
@@ -52,16 +57,39 @@ def route(symbol: str, isa: Isa, spec: RouterSpec, dtype: str, columns: int) -> 
                 sparsemixer(em, b, t, spec, logits_dtype)
             else:
                 _score(em, b.logits, t, width, spec)
-                _choice(em, b, t, width, spec)
-                if spec.groups is not None:
-                    _groups(em, b, t, groups, spec)
-                with loop(spec.top_k) as k:
-                    best = argmax(em, b.choice, t, width, spec.num_experts)
-                    take(b.choice, t, best)
-                    T.buffer_store(b.topk_ids, tirx.Cast("int32", best), [t, k])
+                if spec.selection is Selection.TOKEN_TABLE:
+                    _look_up(em, b, t, spec)
+                else:
+                    _select(em, b, t, width, groups, spec)
             weigh(em, b, t, spec, dtype)
 
     return build(symbol, isa, tuple(args), body)
+
+
+def _select(
+    em: Emit, b: SimpleNamespace, t: Any, width: int, groups: int, spec: RouterSpec
+) -> None:
+    """The best of the selectable experts, then the experts that every token passes."""
+    _choice(em, b, t, width, spec)
+    if spec.groups is not None:
+        _groups(em, b, t, groups, spec)
+    with loop(spec.selected) as k:
+        best = argmax(em, b.choice, t, width, spec.selectable)
+        take(b.choice, t, best)
+        T.buffer_store(b.topk_ids, tirx.Cast("int32", best), [t, k])
+    for k in range(spec.always):
+        last = tirx.const(spec.selectable + k, "int32")
+        T.buffer_store(b.topk_ids, last, [t, i64(spec.selected + k)])
+
+
+def _look_up(em: Emit, b: SimpleNamespace, t: Any, spec: RouterSpec) -> None:
+    """The table's row of the input token; a token outside the table gets ids of -1."""
+    token = em.bind(tirx.BufferLoad(b.token_ids, [t]))
+    inside = tirx.And(token >= tirx.const(0, "int32"), token < tirx.const(spec.vocab_size, "int32"))
+    row = em.bind(tirx.Cast("int64", tirx.Select(inside, token, tirx.const(0, "int32"))))
+    with loop(spec.top_k) as k:
+        entry = tirx.BufferLoad(b.token_table, [row, k])
+        T.buffer_store(b.topk_ids, tirx.Select(inside, entry, tirx.const(-1, "int32")), [t, k])
 
 
 def _logits(em: Emit, logits: Any, t: Any, width: int, spec: RouterSpec, dtype: str) -> None:
@@ -72,10 +100,7 @@ def _logits(em: Emit, logits: Any, t: Any, width: int, spec: RouterSpec, dtype: 
         if spec.logit_scale != 1.0:
             value = em.round_to(value * em.splat(spec.logit_scale), dtype)
         if spec.logit_cap is not None:
-            # c * tanh(v / c), with tanh z = 2 sigmoid(2z) - 1
-            cap = em.splat(spec.logit_cap)
-            half = em.sigmoid(value * em.splat(2.0 / spec.logit_cap))
-            value = em.round_to(cap * (half * em.splat(2.0) - em.splat(1.0)), dtype)
+            value = em.round_to(em.soft_cap(value, spec.logit_cap), dtype)
         em.store(logits, value, [t, c * em.lanes], "float32")
     for e in range(spec.num_experts, width):
         T.buffer_store(logits, f32(MINUS_INF), [t, i64(e)])
@@ -115,19 +140,19 @@ def _score(em: Emit, logits: Any, t: Any, width: int, spec: RouterSpec) -> None:
 
 
 def _choice(em: Emit, b: SimpleNamespace, t: Any, width: int, spec: RouterSpec) -> None:
-    """choice = score (+ selection bias); padding lanes are -inf."""
-    full = spec.num_experts // em.lanes
+    """choice = score (+ selection bias); what cannot be selected is -inf."""
+    full = spec.selectable // em.lanes
     with loop(full) as c:
         value = em.load(b.logits, [t, c * em.lanes], "float32")
         if spec.selection_bias:
             value = value + em.load(b.selection_bias, [c * em.lanes], "float32")
         em.store(b.choice, value, [t, c * em.lanes], "float32")
-    for e in range(full * em.lanes, spec.num_experts):
+    for e in range(full * em.lanes, spec.selectable):
         value = tirx.BufferLoad(b.logits, [t, i64(e)])
         if spec.selection_bias:
             value = value + tirx.BufferLoad(b.selection_bias, [i64(e)])
         T.buffer_store(b.choice, value, [t, i64(e)])
-    for e in range(spec.num_experts, width):
+    for e in range(spec.selectable, width):
         T.buffer_store(b.choice, f32(MINUS_INF), [t, i64(e)])
 
 
@@ -135,7 +160,7 @@ def _groups(em: Emit, b: SimpleNamespace, t: Any, width: int, spec: RouterSpec) 
     """Score the groups, keep the best, and mask the experts of the others in `choice`."""
     groups = spec.groups
     assert groups is not None
-    size = spec.num_experts // groups.count
+    size = spec.selectable // groups.count
     values = b.choice if groups.biased else b.logits
     for g in range(groups.count, width):
         T.buffer_store(b.group_score, f32(MINUS_INF), [t, i64(g)])

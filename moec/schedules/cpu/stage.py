@@ -103,5 +103,3 @@ def store_scalar(
     elif dtype == "float16":
         value = tirx.Cast("float16", value)
     T.buffer_store(buffer, value, indices)
-
-

@@ -142,6 +142,7 @@ def tile(
     bias when there is one.
     """
     vectors = em.isa.vectors
+    em.release_registers()
     # One buffer a row: TVM keeps a buffer on the stack, hence in registers, only below 1 KB.
     acc = [[T.alloc_buffer((vectors,), em.f32v) for _ in rows] for _ in panels]
     for panel, sums in zip(panels, acc, strict=True):
@@ -162,6 +163,7 @@ def tile(
             for j in range(vectors):
                 at = em.ramp(i64(j * em.lanes))
                 T.buffer_store(out, tirx.BufferLoad(one, [j]), [i64(w * len(rows) + i), at])
+    em.release_registers()
 
 
 def _weight(em: Emit, matrix: Matrix, panel: Any, k: Any, vector: int) -> Any:
@@ -180,15 +182,24 @@ def _step(
     k: Any,
 ) -> None:
     """One word of K: all vectors of a panel, then row by row."""
-    splats = [em.bind(tirx.Broadcast(tirx.BufferLoad(source, [r, k]), em.lanes)) for r in rows]
+    # Rows are loaded once for all panels when there are few, and one at a time when there are
+    # many: the accumulators leave registers for one or the other.
+    few = len(panels) > 1
+    splats = [_splat(em, source, row, k) if few else None for row in rows]
     for panel, sums in zip(panels, acc, strict=True):
         words = [_weight(em, matrix, panel, k, j) for j in range(em.isa.vectors)]
         ready = [_operands(em, word, matrix.panels, operand.pairs)[0] for word in words]
-        for a, one in zip(splats, sums, strict=True):
+        for row, splat, one in zip(rows, splats, sums, strict=True):
+            a = splat if few else _splat(em, source, row, k)
             for j, w in enumerate(ready):
                 old = tirx.BufferLoad(one, [j])
                 new = em.dot_bf16(old, w, a) if operand.pairs else em.fma(w, a, old)
                 T.buffer_store(one, new, [j])
+    em.keep_order()
+
+
+def _splat(em: Emit, source: Any, row: Any, k: Any) -> Any:
+    return em.bind(tirx.Broadcast(tirx.BufferLoad(source, [row, k]), em.lanes))
 
 
 def _step_halves(
@@ -209,3 +220,4 @@ def _step_halves(
                 for row, one in zip(rows, sums, strict=True):
                     a = tirx.Broadcast(tirx.BufferLoad(source, [row, k * 2 + half]), em.lanes)
                     T.buffer_store(one, em.fma(w, a, tirx.BufferLoad(one, [j])), [j])
+                em.keep_order()

@@ -28,9 +28,7 @@ def argmax(
     with loop(width // em.lanes) as c:
         value = em.bind(em.load(values, [t, c * em.lanes], "float32"))
         if below is not None:
-            value = em.bind(
-                tirx.Select(value < em.splat(below), value, em.splat(float("-inf")))
-            )
+            value = em.bind(tirx.Select(value < em.splat(below), value, em.splat(float("-inf"))))
         old = tirx.BufferLoad(best, [0])
         T.buffer_store(best, tirx.Select(value > old, value, old), [0])  # a NaN never wins
     top = em.bind(tirx.Broadcast(em.reduce_max(tirx.BufferLoad(best, [0])), em.lanes))

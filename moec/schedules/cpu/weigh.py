@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ...spec import Precision, Renorm, RouterSpec, ScaleOn, WeightSource
+from ...spec import Precision, Renorm, RouterSpec, ScaleOn, Selection, WeightSource
 from .emit import Emit, f32
 from .kernel import loop, scalar
 from .stage import round_scalar
@@ -28,8 +28,7 @@ def weigh(em: Emit, b: SimpleNamespace, t: Any, spec: RouterSpec, dtype: str) ->
 
     if spec.weight_source is not WeightSource.SPARSEMIXER:
         with loop(spec.top_k) as k:
-            e = tirx.Cast("int64", tirx.BufferLoad(b.topk_ids, [t, k]))
-            value = em.bind(tirx.BufferLoad(b.logits, [t, e]))
+            value = em.bind(tirx.BufferLoad(b.logits, [t, _expert(b, t, k, spec)]))
             if spec.weight_source is WeightSource.SIGMOID_SELECTED:
                 value = f32(1.0) / (f32(1.0) + T.exp(f32(0.0) - value))
             write(k, value)
@@ -41,11 +40,19 @@ def weigh(em: Emit, b: SimpleNamespace, t: Any, spec: RouterSpec, dtype: str) ->
         if spec.scale != 1.0 and spec.scale_on is ScaleOn.WEIGHTS:
             value = value * f32(spec.scale)
         if spec.per_expert_scale:
-            e = tirx.Cast("int64", tirx.BufferLoad(b.topk_ids, [t, k]))
-            value = value * tirx.BufferLoad(b.per_expert_scale, [e])
+            value = value * tirx.BufferLoad(b.per_expert_scale, [_expert(b, t, k, spec)])
+        if spec.global_scale:
+            value = value * tirx.BufferLoad(b.global_scale, [0])
         if spec.weights_dtype is Precision.MODEL:
             value = round_scalar(value, dtype)
         write(k, value)
+
+
+def _expert(b: SimpleNamespace, t: Any, k: Any, spec: RouterSpec) -> Any:
+    e = tirx.BufferLoad(b.topk_ids, [t, k])
+    if spec.selection is Selection.TOKEN_TABLE:  # a table may hold anything
+        e = tirx.Min(tirx.Max(e, tirx.const(0, "int32")), tirx.const(spec.num_experts - 1, "int32"))
+    return tirx.Cast("int64", e)
 
 
 def _softmax(em: Emit, weight: Any, write: Any, top_k: int) -> None:

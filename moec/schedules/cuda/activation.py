@@ -39,7 +39,11 @@ def device_function(spec: ActivationSpec, gated: bool) -> tuple[str, str]:
         + [_word(v) for v in (spec.alpha, spec.limit, spec.up_offset)]
     )
     inner = " ".join(body)
-    return name, _HELPER + f"__forceinline__ __device__ float {name}(float g, float u) {{ {inner} return v; }}\n"
+    return (
+        name,
+        _HELPER
+        + f"__forceinline__ __device__ float {name}(float g, float u) {{ {inner} return v; }}\n",
+    )
 
 
 def _nonlinearity(spec: ActivationSpec) -> str:

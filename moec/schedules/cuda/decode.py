@@ -70,10 +70,10 @@ def gate_up(
     SHORT = "bf16" if DT == "bfloat16" else "f16"
     KO, ST = config.chunks, config.stages
     NW, NCH = KO, H // CHUNK // KO
-    THREADS = NW * 32 + 64                     # and a producer warp, and one that finishes tiles
-    OUT = 8 if PAIR else 16                    # outputs of a tile
+    THREADS = NW * 32 + 64  # and a producer warp, and one that finishes tiles
+    OUT = 8 if PAIR else 16  # outputs of a tile
     HALVES = 2 if PAIR else 1
-    TILES = -(-I // OUT)                       # of an expert
+    TILES = -(-I // OUT)  # of an expert
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
     NA = min(E, MAX_TOKENS * K)
     WROWS = I * HALVES
@@ -298,12 +298,12 @@ def down(
     KO, ST, GP = config.chunks, config.stages, config.ahead
     NW, NCH = KO, I // CHUNK // KO
     THREADS = NW * 32 + 32
-    MOST = -(-H // sms)                         # columns of a block
+    MOST = -(-H // sms)  # columns of a block
     NCT = -(-MOST // 16)
     LAST = 8 if MOST - (NCT - 1) * 16 <= 8 else 16
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
     NA = min(E, MAX_TOKENS * K)
-    BOX = KO * CHUNK * 2                        # bytes of a row of a box
+    BOX = KO * CHUNK * 2  # bytes of a row of a box
     FW = max(NCT, 1)
     MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{SHORT}.{SHORT}.f32"
     SCALED = scale != 1.0

@@ -45,7 +45,7 @@ def finish(symbol: str, spec: Finish) -> Kernel:
     WEIGHTED, SHARED, GATE = spec.weighted, spec.shared, spec.gate
     RESIDUAL, SCALE, RES_DT = spec.residual is not None, spec.scale, spec.residual or DT
     COLS = H // 8
-    WORDS = 8 if DT == "float32" else 4        # of 8 columns of a row
+    WORDS = 8 if DT == "float32" else 4  # of 8 columns of a row
 
     # fmt: off
     @T.prim_func

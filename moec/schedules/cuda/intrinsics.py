@@ -24,7 +24,6 @@ __forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
 """
 
 
-
 def match(bits: int) -> tuple[str, str]:
     """(name, source): the lanes of the warp that hold the same value of so many bits.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from ...spec import ActivationSpec
-from ..buffers import Buf, Kernel, PerToken
+from ..buffers import Kernel
 from .activation import device_function
 from .intrinsics import BARRIER_WAIT, fresh, opaque
 from .shapes import Matmul
@@ -62,16 +62,16 @@ def _build(symbol: str, shape: Matmul, act, config: PrefillConfig, sms: int) -> 
     SHORT = "bf16" if DT == "bfloat16" else "f16"
     BN, ST, GM, LAG = config.columns, config.stages, config.group, config.lag
     HALVES = 2 if GATED else 1
-    NOUT = BN // HALVES                       # output columns of a tile
+    NOUT = BN // HALVES  # output columns of a tile
     NB = -(-COLS // NOUT)
     KB = -(-K // BK)
-    LOOK = min(3, KB - 1)                     # K block at which the next tile's rows are looked up
+    LOOK = min(3, KB - 1)  # K block at which the next tile's rows are looked up
     NACC = BN // 2
     CHUNKS = -(-NOUT // 64)
     ABYTES, BBYTES = BM * BK * 2, BN * BK * 2
     TX = BBYTES if FIRST else ABYTES + BBYTES
     FULL = 5 if FIRST else 1
-    UP = NACC // 2                            # accumulator of `up` behind the one of its gate
+    UP = NACC // 2  # accumulator of `up` behind the one of its gate
     mma = f"wgmma.mma_async.sync.aligned.m64n{BN}k16.f32.{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
     ACT, ACT_SRC = device_function(act, GATED) if FIRST else ("", "")

@@ -95,7 +95,9 @@ def assert_cubin(library: bytes) -> None:
 def _stub(place: Path) -> str:
     source, library = place / "stub.c", place / "libcuda.so.1"
     body = "".join(f"int {name}(void) {{ return {_NO_DEVICE}; }}\n" for name in _DRIVER)
-    source.write_text(f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{body}#ifdef __cplusplus\n}}\n#endif\n')
+    source.write_text(
+        f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{body}#ifdef __cplusplus\n}}\n#endif\n'
+    )
     options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     cc.create_shared(str(library), [str(source)], options=options)
     return str(library)

@@ -26,7 +26,7 @@ def _rewrite(line: Line, call: relax.Call) -> Any:
     if order is None or not (attrs.get("gather") or attrs.get("reduce")):
         return None
     attrs.pop("extra", None)
-    extra = {k: args[k] for k in ("topk_weights", "bias") if k in args}
+    extra: dict[str, Any] = {k: args[k] for k in ("topk_weights", "bias") if k in args}
     ids = sort.OP.bind(order)["topk_ids"]
     return indexed_matmul.OP.call([args["x"], args["weight"], ids], extra, **attrs)
 

@@ -28,6 +28,8 @@ def _rewrite(line: Line, call: relax.Call) -> Any:
     weighted_input = "topk_weights" in first
     weights = first["topk_weights"] if weighted_input else second["topk_weights"]
     kept = {k: v for k, v in attrs.items() if k.startswith("act_") or k in ("gated", "top_k")}
+    if attributes(call).get("each"):
+        kept["each"] = True
     return expert_loop.OP.call(
         [first["x"], first["weight"], second["weight"], sort.OP.bind(order)["topk_ids"], weights],
         {"gate_up_bias": first.get("bias"), "down_bias": second.get("bias")},

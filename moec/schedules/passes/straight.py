@@ -38,7 +38,7 @@ class Line:
             value = self.value(value.tuple_value)
         return value if is_call(value, op) else None
 
-    def set(self, var: relax.Var, value: relax.Expr) -> None:
+    def replace(self, var: relax.Var, value: relax.Expr) -> None:
         """Bind a variable to another value."""
         self._value[var] = value
 
@@ -119,6 +119,6 @@ def _rewritten(name: str, function: Any, rewrite: Rewrite) -> Any:
         if isinstance(value, relax.Call):
             new = rewrite(line, value)
             if new is not None:
-                line.set(binding.var, new)
+                line.replace(binding.var, new)
                 changed = True
     return line.rebuilt() if changed else function
