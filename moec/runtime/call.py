@@ -122,9 +122,9 @@ class Call:
         """
         views: list[View] = []
         for port, arg in zip(self._inputs, args, strict=True):
-            got = view(arg, port.name)
+            got = self._view(arg, port.name)
             if got.dtype == "int64" and port.dtype == "int32":
-                got = view(got.kind.as_int32(arg, self._ids[port.name]), port.name)
+                got = self._view(got.kind.as_int32(arg, self._ids[port.name]), port.name)
             port.accept(got, port.name)
             if views and got.shape[0] != views[0].shape[0]:
                 raise self._uneven(port, port.name, got, views[0].shape[0])
@@ -138,6 +138,9 @@ class Call:
         if tokens:
             self._run(index, tokens, views, addresses)
         return results
+
+    def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
+        return view(tensor, name, writable=writable)
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
         ready = self._ready(index)
@@ -177,7 +180,7 @@ class Call:
     def _check_out(self, out: Any, views: list[View], tokens: int) -> int:
         """The address of a caller's output; InputError unless it fits and overlaps no input."""
         port = self._outputs[0]
-        got = view(out, "out", writable=True)
+        got = self._view(out, "out", writable=True)
         port.accept(got, "out")
         if got.shape[0] != tokens:
             raise self._uneven(port, "out", got, tokens)

@@ -12,7 +12,6 @@ using a model; there, the thread that forked works alone.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -25,14 +24,14 @@ from ..artifact import Artifact, Target, Verify
 from ..artifact import Block as BlockEntry
 from ..errors import InputError, MoecError, TargetError, UsageError
 from ..spec import MoESpec
+from . import cuda
 from .binding import Binding
 from .call import Call
+from .devices import RUNNABLE, MakeCall, gpu_number, make_calls, open_device
 from .libraries import Library
-from .metal import MetalCall, MetalDevice
 from .tensors import view
 
 _MOST_THREADS = 4096
-_RUNNABLE = ("cpu", "metal")
 
 
 def load(
@@ -43,7 +42,7 @@ def load(
     threads: int | None = None,
     verify: Verify | str = Verify.FULL,
 ) -> Model:
-    """Load the artifact at `path` for `device` ("cpu", "metal:0").
+    """Load the artifact at `path` for `device` ("cpu", "cuda:0", "metal:0").
 
     `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
     is how many parts a call is split into, by default the cores that this process may use;
@@ -63,8 +62,7 @@ def load(
     artifact = Artifact.open(path, verify)
     name = _choose_target(artifact, device)
     workers = min(parts, host.cores())
-    # A library for a device loads only where the device's runtime is.
-    accelerator = _open_device(device)
+    metal = open_device(device)
     try:
         library = Library(artifact.file(artifact.manifest.targets[name].library))
     except MoecError as error:
@@ -74,7 +72,8 @@ def load(
             "the library cannot be loaded", where=error.message, hint="compile the artifact again"
         ) from None
     binding = Binding(artifact, name, library, checkpoint, workers)
-    return Model(artifact, name, library, binding, (parts, workers), accelerator)
+    call = make_calls(device, metal, library, binding, (parts, workers))
+    return Model(artifact, name, call, parts)
 
 
 class Model:
@@ -84,18 +83,15 @@ class Model:
         self,
         artifact: Artifact,
         target: str,
-        library: Library,
-        binding: Binding,
-        threads: tuple[int, int],
-        device: MetalDevice | None,
+        call: MakeCall,
+        threads: int,
     ) -> None:
         self.path: Path = artifact.path
         self.target = target
         self.digest = artifact.manifest.digest
-        self.threads = threads[0]
+        self.threads = threads
         self._blocks = {
-            entry.layer: Block(artifact, target, entry, library, binding, threads, device)
-            for entry in artifact.manifest.blocks
+            entry.layer: Block(artifact, target, entry, call) for entry in artifact.manifest.blocks
         }
 
     @property
@@ -137,25 +133,14 @@ class Block:
         artifact: Artifact,
         target: str,
         entry: BlockEntry,
-        library: Library,
-        binding: Binding,
-        threads: tuple[int, int],
-        device: MetalDevice | None,
+        call: MakeCall,
     ) -> None:
         self.layer = entry.layer
         self.spec: MoESpec = artifact.manifest.shapes[entry.shape].spec
         self._where = str(artifact.path)
         compiled = artifact.manifest.targets[target].shapes[entry.shape]
-        make = Call if device is None else functools.partial(MetalCall, device, entry.layer)
-        self._calls: dict[str, Call] = {
-            name: make(
-                name,
-                function,
-                library,
-                lambda: binding.parameters(entry),
-                self.spec.experts,
-                threads,
-            )
+        self._calls = {
+            name: call(entry, name, function, self.spec.experts)
             for name, function in compiled.functions.items()
         }
 
@@ -268,12 +253,6 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
-def _open_device(device: str) -> MetalDevice | None:
-    """The device that is not the CPU, opened."""
-    kind, _, index = device.partition(":")
-    return MetalDevice(int(index or 0)) if kind == "metal" else None
-
-
 def _choose_target(artifact: Artifact, device: str) -> str:
     """The compiled target for `device` that asks most of this machine and gets it."""
     kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
@@ -282,14 +261,14 @@ def _choose_target(artifact: Artifact, device: str) -> str:
     targets = artifact.manifest.targets
     held = ", ".join(f"{name} (device {t.device})" for name, t in targets.items()) or "none"
     fitting = {name: t for name, t in targets.items() if t.device == kind}
-    if not fitting or kind not in _RUNNABLE:
+    if not fitting or kind not in RUNNABLE:
         raise TargetError(
             f"the artifact cannot run on device {device}",
             where=str(artifact.path),
-            need=f"one of its targets: {held}; this runtime runs {', '.join(_RUNNABLE)}",
+            need=f"one of its targets: {held}; this runtime runs {', '.join(RUNNABLE)}",
             hint="load it on a device that it was compiled for, or compile it for this one",
         )
-    reasons = {name: host.missing(target.requires) for name, target in fitting.items()}
+    reasons = {name: _missing(target, device) for name, target in fitting.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     if not usable:
         raise TargetError(
@@ -299,6 +278,13 @@ def _choose_target(artifact: Artifact, device: str) -> str:
             hint="compile it on this machine, or for a lower target such as cpu:x86-64-v3",
         )
     return max(usable, key=lambda name: _preference(name, fitting[name], artifact))
+
+
+def _missing(target: Target, device: str) -> str | None:
+    reason, gpu = host.missing(target.requires), gpu_number(device)
+    if reason is None and gpu is not None:
+        return cuda.missing(str(target.requires.get("gpu")), gpu)
+    return reason
 
 
 def _preference(name: str, target: Target, artifact: Artifact) -> tuple[bool, int, str]:

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from tvm import tirx
 
-ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "uint16": 2, "uint8": 1, "int64": 8}
+ITEM_BYTES = {
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "uint16": 2,
+    "uint8": 1,
+    "int64": 8,
+    "bfloat16": 2,
+}
 
 
 @dataclass(frozen=True)
