@@ -149,3 +149,8 @@ def error(got: Array, want: Array) -> float:
     difference = np.linalg.norm(got.astype(np.float64) - want.astype(np.float64))
     norm = np.linalg.norm(want.astype(np.float64))
     return float(difference / norm) if norm else float(difference)
+
+
+def bits(array: Array) -> Array:
+    """An array as unsigned integers, for comparisons to the last bit."""
+    return array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint32)

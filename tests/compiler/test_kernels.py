@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import moec
 from moec.ops import reference
-from tests.blocks import Built, Small, built, error, inputs
+from tests.blocks import Built, Small, bits, built, error, inputs
 from tests.compiler.cases import CASES, FUSED, GATHER, LOOP, PAIRS, TOLERANCE, tolerance
 
 TOKENS = (0, 1, 2, 5, 6, 7, 13, 40)  # below, at and above the rows of a register tile
@@ -88,10 +88,6 @@ def test_any_routing(cpu: Built, drawn: tuple[tuple[str, str], int, int, list[in
     y = cpu.loaded[n].experts(x, ids, weights, schedule=schedule)
     want = reference.experts(spec, parameters, x, ids, weights)
     assert error(y, want) <= tolerance(spec)
-
-
-def bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint32)
 
 
 def everything(block: moec.Block, x: Any, ids: Any, weights: Any, schedule: str) -> list[Any]:
