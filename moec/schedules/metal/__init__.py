@@ -22,9 +22,10 @@ from .lower import MetalConfig, MetalLowering, packing
 from .routing import MAX_EXPERTS
 
 _FOLDED = (FoldGather, FoldActivation, FoldReduce)
-# Mat-vecs read a weight once for every token that uses it, tiles once for 32 rows, at the price
-# of two more launches (sort, reduce). docs/metal.md derives the switch from bytes and launches.
-_DECODE = 4
+# Mat-vecs read a weight once for every pair that names it, tiles once for 32 rows of an expert at
+# the price of two more launches (sort, reduce). With one token no expert is named twice, and from
+# two on even one expert read again costs more than the launches. docs/metal.md has the figures.
+_DECODE = 2
 
 
 def _supports(spec: MoESpec, target: Target) -> str | None:

@@ -14,7 +14,7 @@ from .kernel import Stage, build, ceil_div
 from .source import FORMATS, activation, flag
 
 STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-TILE4 = 768 + 24  # float4s of scratch: two tiles of float, and what the tile works on
+TILE4 = 768 + 32  # float4s of scratch: two tiles of float, and what the tile works on
 VECTOR4 = 512  # float4s of the staged input
 
 

@@ -17,6 +17,7 @@ constant int TILE_SCRATCH4 = 768;  // float4s of the two tiles; the result tile 
 struct TileInfo {
   threadgroup int* source;   // [32] row of x behind each tile row, -1 = none
   threadgroup float* weight;  // [32] routing weight that multiplies it
+  threadgroup int* pair;     // [32] the pair t * K + k behind it
   threadgroup int* found;    // expert, first sorted row, rows
 };
 
@@ -24,7 +25,8 @@ inline TileInfo tile_info(threadgroup float4* scratch) {
   TileInfo info;
   info.source = (threadgroup int*)(scratch + TILE_SCRATCH4);
   info.weight = (threadgroup float*)(scratch + (TILE_SCRATCH4 + 8));
-  info.found = (threadgroup int*)(scratch + (TILE_SCRATCH4 + 16));
+  info.pair = (threadgroup int*)(scratch + (TILE_SCRATCH4 + 16));
+  info.found = (threadgroup int*)(scratch + (TILE_SCRATCH4 + 24));
   return info;
 }
 
@@ -217,8 +219,12 @@ inline void grouped_down(const device typename X::store* h, const device int* ro
   if (e < 0) return;
   int first = bx * TILE_COLUMNS;
   bool real = e < experts;
+  if (tid < TILE_ROWS) {
+    info.source[tid] = tid < rows ? start + tid : -1;
+    if (tid < rows) info.pair[tid] = row_order[start + tid];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   if (real) {
-    if (tid < TILE_ROWS) info.source[tid] = tid < rows ? start + tid : -1;
     tile_product<W, X, VEC, false, false>(scratch, info, h, w + long(e) * columns * width, first, columns, width,
                                           rows, tid);
   }
@@ -231,7 +237,7 @@ inline void grouped_down(const device typename X::store* h, const device int* ro
       v = result[i];
       if (BIAS) v += bias[long(e) * columns + column];
     }
-    int pair = row_order[start + r];
+    int pair = info.pair[r];
     out[long(pair) * columns + column] = v;
   }
 }

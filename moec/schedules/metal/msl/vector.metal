@@ -126,11 +126,17 @@ inline void vector_pair(const device typename X::store* x, const device int* ids
                         const device float* bias, device typename H::store* h, int experts,
                         int top_k, int columns, int width, int only, threadgroup float4* staged,
                         int bx, int by, int tid) {
-  int e = ids[by];
+  // One lane loads what all need: a load of 32 lanes would be 32 loads of one word.
+  int e = -1;
+  float weight = 1.0f;
+  if (tid % 32 == 0) {
+    e = ids[by];
+    if (WEIGHTED) weight = weights[by];
+  }
+  e = simd_broadcast(e, ushort(0));
+  weight = simd_broadcast(weight, ushort(0));
   if (e < 0 || e >= experts || (only >= 0 && e != only)) return;
   long rows = GATED ? 2 * columns : columns;
-  float weight = 1.0f;
-  if (WEIGHTED) weight = weights[by];
   const device float* own_bias = bias;
   if (BIAS) own_bias = bias + e * rows;
   vector_activated<W, X, H, A, VEC, GATED, BIAS, WEIGHTED>(
@@ -146,26 +152,30 @@ inline void vector_down(const device typename X::store* h, const device int* ids
                         const device float* bias, device float* y, int experts, int top_k,
                         int columns, int width, int only, threadgroup float4* staged, int bx,
                         int by, int tid) {
-  int first = bx * 16 + tid / 32 * VECTOR_ROWS;
+  int first = bx * 16 + tid / 32 * VECTOR_ROWS, lane = tid % 32;
   float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  long at[4];
+  for (int r = 0; r < VECTOR_ROWS; ++r) at[r] = first + r < columns ? long(first + r) * width : -1;
   for (int k = 0; k < top_k; ++k) {
-    int pair = by * top_k + k;
-    int e = ids[pair];
+    int pair = by * top_k + k, e = -1;
+    float weight = 1.0f;
+    if (lane == 0) {
+      e = ids[pair];
+      if (WEIGHTED) weight = weights[pair];
+    }
+    e = simd_broadcast(e, ushort(0));
+    weight = simd_broadcast(weight, ushort(0));
     if (e < 0 || e >= experts || (only >= 0 && e != only)) continue;
-    long at[4];
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int r = 0; r < VECTOR_ROWS; ++r) at[r] = first + r < columns ? long(first + r) * width : -1;
     dot_rows<W, X, VEC, false>(acc, w + long(e) * columns * width, at, h + long(pair) * width, 1.0f, width,
                                staged, tid);
-    float weight = 1.0f;
-    if (WEIGHTED) weight = weights[pair];
     for (int r = 0; r < VECTOR_ROWS; ++r) {
       float part = simd_sum(acc[r]);
-      if (BIAS && at[r] >= 0) part += bias[long(e) * columns + first + r];
+      if (BIAS && lane == 0 && at[r] >= 0) part += bias[long(e) * columns + first + r];
       total[r] += weight * part;
     }
   }
-  if (tid % 32 != 0) return;
+  if (lane != 0) return;
   for (int r = 0; r < VECTOR_ROWS; ++r) {
     if (first + r >= columns) continue;
     device float* place = y + (long(by) * columns + first + r);
