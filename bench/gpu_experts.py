@@ -145,7 +145,7 @@ def one(
     down: Any,
 ) -> dict[str, Any]:
     """Check, then time, one variant at one T."""
-    E, K, H, I = dims
+    E, K, H, _ = dims
     fixed, per_token = info["workspace"]
     space = torch.empty(fixed + per_token * T + 256, device="cuda", dtype=torch.uint8)
     y = torch.empty(T, H, device="cuda", dtype=torch.bfloat16)
@@ -199,7 +199,7 @@ def timed(
     space: Any,
 ) -> tuple[float, list[float]]:
     """Median time of a call in us over graph replays, and the least and most of the batches."""
-    E, K, H, I = dims
+    E, K, H, _ = dims
     R = 16 if T <= 64 else 8 if T <= 1024 else 4
     xs = [torch.randn(T, H, device="cuda").to(torch.bfloat16) for _ in range(R)]
     routes = [routing(torch, T, E, K, "random", 1000 + r) for r in range(R)]
