@@ -3,7 +3,8 @@
     python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--variants REGEX]
 
 OUT receives one library a shape and index.json: for every variant its entry symbol, token
-range and workspace. bench/gpu_experts.py checks and times them on a GPU machine without TVM's Python.
+range and workspace. bench/gpu_experts.py checks and times them on a GPU machine, where TVM's
+Python package is not needed.
 """
 
 from __future__ import annotations

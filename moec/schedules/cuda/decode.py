@@ -118,14 +118,14 @@ def gate_up(
                 T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(1))
                 T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(NW))
             for i in T.unroll(SUMS):
-                T.ptx.mbarrier.init.shared.b64(summed.ptr_to([i]), T.uint32(NW))
-                T.ptx.mbarrier.init.shared.b64(taken.ptr_to([i]), T.uint32(1))
+                T.ptx.mbarrier.init.shared.b64(summed.ptr_to([i]), T.uint32(NW * 32))
+                T.ptx.mbarrier.init.shared.b64(taken.ptr_to([i]), T.uint32(32))
             T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
         T.ptx.griddepcontrol.wait()
         T.ptx.griddepcontrol.launch_dependents()
 
-        # active experts, ascending; every warp makes the same list, so that none waits for another
+        # active experts, ascending
         mine = T.alloc_local((NPC,), "int32")
         mask = T.alloc_local((1,), "uint32")
         every = T.alloc_local((1,), "uint32")
@@ -136,17 +136,18 @@ def gate_up(
                 mine[i] = fresh(IDS, i * 32 + lane)
                 if mine[i] >= E:
                     mine[i] = -1
-                ids[i * 32 + lane] = mine[i]
+                if wid == 0:
+                    ids[i * 32 + lane] = mine[i]
         for word in T.unroll(NWORD):
             mask[0] = T.uint32(0)
             for i in T.unroll(NPC):
                 if T.shift_right(mine[i], 5) == word:
                     mask[0] = mask[0] | T.shift_left(T.uint32(1), T.Cast("uint32", mine[i] & 31))
             T.ptx["redux_sync.or.b32"](every[0], mask[0], T.uint32(0xFFFFFFFF))
-            if (T.shift_right(every[0], T.Cast("uint32", lane)) & T.uint32(1)) == T.uint32(1):
+            if wid == 0 and (T.shift_right(every[0], T.Cast("uint32", lane)) & T.uint32(1)) == T.uint32(1):
                 active[count + T.Cast("int32", T.popcount(every[0] & (T.shift_left(T.uint32(1), T.Cast("uint32", lane)) - T.uint32(1))))] = word * 32 + lane
             count += T.Cast("int32", T.popcount(every[0]))
-        T.cuda.warp_sync()
+        T.cuda.cta_sync()
 
         stage: T.int32 = 0
         phase: T.int32 = 0
@@ -212,9 +213,7 @@ def gate_up(
                     T.ptx["ld.shared.v4.f32"](t4[0], t4[1], t4[2], t4[3], red.ptr_to([slot4, w, lane, 0]))
                     for i in T.unroll(4):
                         s4[i] = s4[i] + t4[i]
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(taken.ptr_to([slot4]), T.uint32(1))
+                T.ptx.mbarrier.arrive.shared.b64(taken.ptr_to([slot4]), T.uint32(1))
                 if BIAS:
                     for i in T.unroll(2):
                         if PAIR:
@@ -269,9 +268,7 @@ def gate_up(
                     advance()
                 wait(taken.ptr_to([slot4]), phase4 ^ 1)
                 T.ptx["st.shared.v4.f32"](red.ptr_to([slot4, wid, lane, 0]), acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7])
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(summed.ptr_to([slot4]), T.uint32(1))
+                T.ptx.mbarrier.arrive.shared.b64(summed.ptr_to([slot4]), T.uint32(1))
                 next_sum()
                 p += sms
     # fmt: on
@@ -360,18 +357,19 @@ def down(
                 mine[i] = fresh(IDS, i * 32 + lane)
                 if mine[i] >= E:
                     mine[i] = -1
-                ids[i * 32 + lane] = mine[i]
-                wts[i * 32 + lane] = fresh(WTS, i * 32 + lane, "float32")
+                if wid == 0:
+                    ids[i * 32 + lane] = mine[i]
+                    wts[i * 32 + lane] = fresh(WTS, i * 32 + lane, "float32")
         for word in T.unroll(NWORD):
             mask[0] = T.uint32(0)
             for i in T.unroll(NPC):
                 if T.shift_right(mine[i], 5) == word:
                     mask[0] = mask[0] | T.shift_left(T.uint32(1), T.Cast("uint32", mine[i] & 31))
             T.ptx["redux_sync.or.b32"](every[0], mask[0], T.uint32(0xFFFFFFFF))
-            if (T.shift_right(every[0], T.Cast("uint32", lane)) & T.uint32(1)) == T.uint32(1):
+            if wid == 0 and (T.shift_right(every[0], T.Cast("uint32", lane)) & T.uint32(1)) == T.uint32(1):
                 active[count + T.Cast("int32", T.popcount(every[0] & (T.shift_left(T.uint32(1), T.Cast("uint32", lane)) - T.uint32(1))))] = word * 32 + lane
             count += T.Cast("int32", T.popcount(every[0]))
-        T.cuda.warp_sync()
+        T.cuda.cta_sync()
 
         stage: T.int32 = 0
         phase: T.int32 = 0

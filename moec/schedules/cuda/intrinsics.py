@@ -48,7 +48,9 @@ __forceinline__ __device__ unsigned {name}(int value) {{
 LOAD_CG = r"""
 #ifndef MOEC_LOAD_CG
 #define MOEC_LOAD_CG
-__forceinline__ __device__ int moec_load_int(const void* place) { return __ldcg((const int*)place); }
+__forceinline__ __device__ int moec_load_int(const void* place) {
+  return __ldcg((const int*)place);
+}
 __forceinline__ __device__ float moec_load_float(const void* place) {
   return __ldcg((const float*)place);
 }
@@ -157,7 +159,7 @@ __forceinline__ __device__ void moec_store8(float* place, const float* in) {
 
 
 def load8(values: Any, place: Any) -> Any:
-    """Read 8 values at pointer `place` (f32, bf16, f16; 16-byte aligned) into the f32 locals at `values`."""
+    """Read 8 values (f32, bf16, f16) at a 16-byte aligned place into f32 locals at `values`."""
     return T.cuda.func_call("moec_load8", values, place, source_code=UNPACK)
 
 
@@ -167,7 +169,7 @@ def unpack8(values: Any, raw: Any, dtype: str) -> Any:
 
 
 def store8(place: Any, values: Any) -> Any:
-    """Round the 8 f32 locals at `values` to the type that `place` points to and store them (16-byte aligned)."""
+    """Round the 8 f32 locals at `values` to the type of `place`, 16-byte aligned, and store."""
     return T.cuda.func_call("moec_store8", place, values, source_code=UNPACK)
 
 

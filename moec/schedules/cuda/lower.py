@@ -143,8 +143,10 @@ class _Table:
             kernel = self.own.kernel(weight.name, (few,), lambda s: dense.few(s, few))
             operands = [x, weight, weight if bias is None else bias]
         else:
-            spec = simple.Simple(0, self.spec.experts.top_k, inner, outer, x_dtype,
-                                 dtype_of(weight.ty), out, bias is not None, gated, act)  # fmt: skip
+            spec = simple.Simple(
+                0, self.spec.experts.top_k, inner, outer, x_dtype, dtype_of(weight.ty), out,
+                bias is not None, gated, act,
+            )  # fmt: skip
             kernel = self.own.kernel(weight.name, (spec,), lambda s: simple.matmul(s, spec, SMS))
             operands = [x, x, x, x, x, weight, weight if bias is None else bias]
         return self._call(bb, kernel, operands, call, call.ty)[0]

@@ -215,7 +215,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
 
         if wid == 11:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](104)
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
             if lane == 0:
                 k0: T.int32 = 0
                 boxes: T.int32
@@ -265,7 +265,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     k0 = 0
                     tile += sms
         elif wid >= 8:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](104)
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
             if FIRST:
                 # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight
                 src = T.alloc_local((TURNS * 2,), "int32")
@@ -318,7 +318,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         pst = 0
                     behind -= 1
         else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](200)
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](208)
             to_row = T.alloc_local((DTURNS,), "int32")
             acc = T.alloc_local((NACC,), "float32")
             hw = T.alloc_local((PART // 8 * FRAG,), "uint32")
