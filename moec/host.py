@@ -76,10 +76,11 @@ def missing(requires: Mapping[str, Any], machine: Host | None = None) -> str | N
     """Why `machine` (default: this one) cannot run code that needs `requires`, or None.
 
     `requires` has "os", "arch" and "features" as an artifact's manifest writes them; a key
-    that is not known is a reason, because what it asks for cannot be checked.
+    that is not known is a reason, because what it asks for cannot be checked. "gpu" is for
+    whoever opens the device.
     """
     here = machine or host()
-    unknown = sorted(set(requires) - {"os", "arch", "features"})
+    unknown = sorted(set(requires) - {"os", "arch", "features", "gpu"})
     if unknown:
         return f"requirement {unknown[0]!r} is not known to this version of moec"
     for key, value in (("os", here.os), ("arch", here.arch)):

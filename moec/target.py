@@ -37,6 +37,8 @@ _HOST_X86 = (
     (_V3, "x86-64-v3"),
     ((), "x86-64"),
 )
+# GPU architectures that there are kernels for, and the machines that they are in.
+GPUS = ("sm_90a",)
 KINDS = ("cpu", "cuda", "metal")
 
 
@@ -58,13 +60,23 @@ class Target:
         return f"{self.arch}-unknown-linux-gnu"
 
     @property
+    def library(self) -> str:
+        """The name of its library in an artifact."""
+        return f"lib/{self.name}{'.dylib' if self.os == 'macos' else '.so'}"
+
+    @property
     def runs_here(self) -> bool:
         """Whether this machine has the operating system and architecture of the target."""
         return (self.os, self.arch) == (host.host().os, host.host().arch)
 
 
 def resolve(text: str) -> Target:
-    """A Target from its name: "cpu" (this machine), "cpu:NAME"; raises TargetError."""
+    """A Target from its name: "cpu" (this machine), "cpu:NAME", "cuda:sm_90a", "metal".
+
+    "metal" is any Mac with Apple silicon. "metal:emulated" has the same kernels and the host
+    code of this machine: what the emulator in tools/ runs, for tests. Raises TargetError for
+    a name that is none of these.
+    """
     kind, _, name = text.strip().partition(":")
     if kind not in KINDS:
         raise TargetError(
@@ -72,13 +84,24 @@ def resolve(text: str) -> Target:
             need="one of " + ", ".join(KINDS),
             hint="'moec targets' lists what can be compiled for",
         )
+    if kind == "cuda":
+        return _gpu(name or GPUS[0], text)
+    if kind == "metal" and name in ("", "emulated"):
+        return _metal(bool(name))
     if kind != "cpu":
         raise TargetError(
             f"target {text!r} is not supported by this version",
-            need="cpu or cpu:NAME",
+            need="cpu, cpu:NAME, metal, " + ", ".join(f"cuda:{name}" for name in GPUS),
             hint="'moec targets' lists what can be compiled for",
         )
     return _cpu(name or host_cpu(), text)
+
+
+def _metal(emulated: bool) -> Target:
+    here = host.host()
+    if emulated:
+        return Target("metal-emulated", "metal", here.os, here.arch, "")
+    return Target("metal", "metal", "macos", _ARM, "")
 
 
 def host_cpu() -> str:
@@ -87,6 +110,17 @@ def host_cpu() -> str:
     if machine.arch == _ARM:
         return "aarch64"
     return next(name for need, name in _HOST_X86 if machine.features.issuperset(need))
+
+
+def _gpu(name: str, text: str) -> Target:
+    if name not in GPUS:
+        raise TargetError(
+            f"unknown GPU architecture {name!r} in target {text!r}",
+            need="one of " + ", ".join(GPUS),
+            hint="sm_90a is the H100, the H200 and the GH200",
+        )
+    # Host code of a GPU library is for the machines that such GPUs are mostly found in.
+    return Target(f"cuda-{name}", "cuda", "linux", _X86, name)
 
 
 def _cpu(name: str, text: str) -> Target:

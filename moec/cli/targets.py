@@ -47,6 +47,12 @@ def targets() -> dict[str, dict[str, Any]]:
             "kernels": resolved.isa,
             "reason": host.missing(requires),
         }
+    metal = target.resolve("metal")
+    table["metal"] = {
+        "arch": metal.arch,
+        "kernels": "MSL 2.3",
+        "reason": host.missing({"os": metal.os, "arch": metal.arch}),
+    }
     return table
 
 

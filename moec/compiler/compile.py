@@ -102,7 +102,7 @@ def compile(  # the verb of the whole project, so it may hide the builtin here
                 return report.finish()
             for build in builds:
                 if build.library is not None:
-                    writer.add_file(f"lib/{build.target.name}.so", build.library)
+                    writer.add_file(build.target.library, build.library)
             for name, lowered in builds[0].lowered.items():
                 writer.add_bytes(f"ir/{name}.py", (lowered.graph.script() + "\n").encode())
             if weights == "pack":
@@ -183,7 +183,7 @@ def _build(
     options: CompileOptions,
 ) -> TargetBuild:
     build = _lower(one, shapes, names, observer, clock, options)
-    library = folder / f"{one.name}.so"
+    library = folder / Path(one.library).name
     functions: dict[str, Any] = {}
     for lowered in build.lowered.values():
         functions.update(lowered.functions)

@@ -64,7 +64,7 @@ def _shape(spec: MoESpec) -> dict[str, Any]:
 
 def _target(build: TargetBuild) -> dict[str, Any]:
     return {
-        "library": f"lib/{build.target.name}.so",
+        "library": build.target.library,
         "device": build.target.kind,
         "requires": build.backend.requires(build.target),
         "shapes": {name: _lowered(lowered) for name, lowered in build.lowered.items()},

@@ -11,7 +11,7 @@ from tvm import relax
 from ..frontend.graph import Signature, build_graph, signatures
 from ..schedules import Backend, Packed, Schedule, TokenRange
 from ..schedules.buffers import Buf, Kernel, PerToken
-from ..schedules.entry import Entry, Wiring, build_entry, wiring
+from ..schedules.entry import Entry, Wiring, wiring
 from ..spec import MoESpec
 from ..target import Target
 from .instruments import Observer
@@ -86,7 +86,7 @@ def lower(
             key = (signature.name, lines)
             if key not in entries:
                 symbol = _symbol(shape, signature.name, entries)
-                entries[key] = _entry(symbol, signature, lines, spec, lowered.packed)
+                entries[key] = _entry(backend, symbol, signature, lines, lowered)
             variant = Variant(schedule, tokens, entries[key])
             lowered.variants.setdefault(signature.name, []).append(variant)
     lowered.kernels = {**lowering.kernels, **packers}
@@ -99,11 +99,11 @@ def _symbol(shape: str, function: str, entries: dict[Any, Entry]) -> str:
 
 
 def _entry(
-    symbol: str, signature: Signature, lines: Wiring, spec: MoESpec, packed: dict[str, Packed]
+    backend: Backend, symbol: str, signature: Signature, lines: Wiring, lowered: Lowered
 ) -> Entry:
-    arguments = ports(spec)
+    arguments, packed = ports(lowered.spec), lowered.packed
     parameters = {n: Buf(n, packed[n].shape, packed[n].dtype) for n in signature.parameters}
-    return build_entry(
+    return backend.entry(
         symbol,
         lines,
         {name: arguments[name] for name in signature.inputs},

@@ -84,13 +84,18 @@ class Ffi:
             raise MoecError(f"the TVM runtime has no function {name!r}")
         return Object(self, handle.value, _OBJECTS + 4)
 
-    def call(self, function: Object, *args: int | bool | str | Object) -> Any:
-        """Call `function`; the result is None, an int, or an Object that owns its handle."""
+    def call(self, function: Object, *args: int | bool | str | Object | Value) -> Any:
+        """Call `function`; the result is None, an int, or an Object that owns its handle.
+
+        A Value is passed on as it is: a device, a dtype, a pointer.
+        """
         values = (Value * len(args))()
         keep = []
         for value, arg in zip(values, args, strict=True):
             if isinstance(arg, Object):
                 value.kind, value.bits = arg.kind, arg.handle
+            elif isinstance(arg, Value):
+                value.kind, value.bits = arg.kind, arg.bits
             elif isinstance(arg, str):
                 keep.append(ctypes.create_string_buffer(arg.encode()))
                 value.kind, value.bits = _STRING, ctypes.addressof(keep[-1])

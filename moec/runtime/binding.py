@@ -67,6 +67,11 @@ class Binding:
                     self._bound[block.layer] = bind(block, shape)
         return self._bound[block.layer]
 
+    def forget(self, block: Block) -> None:
+        """Let go of a layer's parameters, once they were copied elsewhere."""
+        with self._lock:
+            self._bound.pop(block.layer, None)
+
     def _map(self, block: Block, shape: TargetShape) -> Parameters:
         path = self._artifact.file(str(block.weights))
         entries = read_entries(path)

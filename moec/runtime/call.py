@@ -122,9 +122,9 @@ class Call:
         """
         views: list[View] = []
         for port, arg in zip(self._inputs, args, strict=True):
-            got = view(arg, port.name)
+            got = self._view(arg, port.name)
             if got.dtype == "int64" and port.dtype == "int32":
-                got = view(got.kind.as_int32(arg, self._ids[port.name]), port.name)
+                got = self._view(got.kind.as_int32(arg, self._ids[port.name]), port.name)
             port.accept(got, port.name)
             if views and got.shape[0] != views[0].shape[0]:
                 raise self._uneven(port, port.name, got, views[0].shape[0])
@@ -139,10 +139,11 @@ class Call:
             self._run(index, tokens, views, addresses)
         return results
 
+    def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
+        return view(tensor, name, writable=writable)
+
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
-        ready = self._frames.table.get(index)
-        if ready is None:
-            ready = self._prepare(index)
+        ready = self._ready(index)
         for tensor, got in zip(ready.inputs, views, strict=True):
             tensor.data = got.address
         for tensor, place in zip(ready.outputs, outputs, strict=True):
@@ -155,6 +156,19 @@ class Call:
         use_workers(self._workers)
         ready.call()
 
+    def _ready(self, index: int) -> _Prepared:
+        """The calling thread's frame of a variant."""
+        ready = self._frames.table.get(index)
+        return self._prepare(index) if ready is None else ready
+
+    def _tensor(self, shape: Any, dtype: str, data: int = 0) -> abi.DLTensor:
+        """An argument in the memory that this function works on."""
+        return abi.tensor(shape, dtype, data)
+
+    def _parameter(self, name: str, bound: Mapping[str, Array]) -> int:
+        """Where a parameter lies in that memory."""
+        return address(bound[name])
+
     def _make(self, kind: Kind, tokens: int) -> tuple[list[Any], list[int]]:
         results, addresses = [], []
         for port in self._outputs:
@@ -166,13 +180,14 @@ class Call:
     def _check_out(self, out: Any, views: list[View], tokens: int) -> int:
         """The address of a caller's output; InputError unless it fits and overlaps no input."""
         port = self._outputs[0]
-        got = view(out, "out", writable=True)
+        got = self._view(out, "out", writable=True)
         port.accept(got, "out")
         if got.shape[0] != tokens:
             raise self._uneven(port, "out", got, tokens)
-        end = got.address + tokens * _bytes(port)
+        end = got.address + tokens * bytes_per_token(port)
         for taken, given in zip(self._inputs, views, strict=True):
-            if got.address < given.address + tokens * _bytes(taken) and given.address < end:
+            given_end = given.address + tokens * bytes_per_token(taken)
+            if got.address < given_end and given.address < end:
                 raise InputError(
                     f"out overlaps {taken.name} in memory",
                     where="out",
@@ -208,17 +223,18 @@ class Call:
         shapes: dict[tuple[int, ...], Any] = {}
         tensors = []
         for port in self._inputs:
-            tensors.append(abi.tensor(_shape(shapes, port), port.dtype))
+            tensors.append(self._tensor(_shape(shapes, port), port.dtype))
         bound = self._parameters()
         keep: list[Any] = [bound]
         for name in self._function.parameters:
             dims = abi.dims(bound[name].shape)
             keep.append(dims)
-            tensors.append(abi.tensor(dims, bound[name].dtype.name, address(bound[name])))
+            place = self._parameter(name, bound)
+            tensors.append(self._tensor(dims, bound[name].dtype.name, place))
         for port in self._outputs:
-            tensors.append(abi.tensor(_shape(shapes, port), port.dtype))
+            tensors.append(self._tensor(_shape(shapes, port), port.dtype))
         space = abi.dims([0])
-        tensors.append(abi.tensor(space, "uint8"))
+        tensors.append(self._tensor(space, "uint8"))
         lengths = [*shapes.values(), space]
         function = self._library.function(variant.symbol)
         frame = abi.Frame(runtime(), function, tensors, [self._threads], (keep, lengths))
@@ -250,7 +266,8 @@ def _shape(shapes: dict[tuple[int, ...], Any], port: _Port) -> Any:
     return shapes.setdefault(port.tail, abi.dims((0, *port.tail)))
 
 
-def _bytes(port: _Port) -> int:
+def bytes_per_token(port: _Port) -> int:
+    """The size of one row of an input or output."""
     size = port.size
     for length in port.tail:
         size *= length

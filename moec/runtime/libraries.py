@@ -27,15 +27,26 @@ def runtime() -> Ffi:
     """
     host.check_packages()
     # Both go into the global namespace: compiled libraries look their symbols up there.
-    ffi = _load("tvm_ffi", f"libtvm_ffi{_SUFFIX}")
-    _load("tvm", f"libtvm_runtime{_SUFFIX}")
+    ffi = load_native("tvm_ffi", f"libtvm_ffi{_SUFFIX}")
+    load_native("tvm", f"libtvm_runtime{_SUFFIX}")
     return Ffi(ffi)
 
 
 def backend() -> ctypes.CDLL:
     """libtvm_runtime, for the few C++ symbols that have no registered function."""
     runtime()
-    return _load("tvm", f"libtvm_runtime{_SUFFIX}")
+    return load_native("tvm", f"libtvm_runtime{_SUFFIX}")
+
+
+def optional(package: str, name: str) -> bool:
+    """Load a further library of a package if it has one of that name; whether it did."""
+    runtime()
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    if not any((Path(folder) / "lib" / f"{name}{_SUFFIX}").is_file() for folder in folders):
+        return False
+    load_native(package, f"{name}{_SUFFIX}")
+    return True
 
 
 class Library:
@@ -66,7 +77,11 @@ class Library:
 
 
 @functools.cache
-def _load(package: str, name: str) -> ctypes.CDLL:
+def load_native(package: str, name: str) -> ctypes.CDLL:
+    """The library `name` of an installed package, in the global symbol namespace.
+
+    Raises TargetError when the package does not have it or it does not load.
+    """
     spec = importlib.util.find_spec(package)  # finds, does not import
     for folder in (spec.submodule_search_locations if spec else None) or ():
         path = Path(folder) / "lib" / name

@@ -24,13 +24,14 @@ from ..artifact import Artifact, Target, Verify
 from ..artifact import Block as BlockEntry
 from ..errors import InputError, MoecError, TargetError, UsageError
 from ..spec import MoESpec
+from . import cuda
 from .binding import Binding
 from .call import Call
+from .devices import RUNNABLE, MakeCall, gpu_number, make_calls, open_device
 from .libraries import Library
 from .tensors import view
 
 _MOST_THREADS = 4096
-_RUNNABLE = ("cpu",)
 
 
 def load(
@@ -41,7 +42,7 @@ def load(
     threads: int | None = None,
     verify: Verify | str = Verify.FULL,
 ) -> Model:
-    """Load the artifact at `path` for `device` ("cpu").
+    """Load the artifact at `path` for `device` ("cpu", "cuda:0", "metal:0").
 
     `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
     is how many parts a call is split into, by default the cores that this process may use;
@@ -61,6 +62,7 @@ def load(
     artifact = Artifact.open(path, verify)
     name = _choose_target(artifact, device)
     workers = min(parts, host.cores())
+    metal = open_device(device)
     try:
         library = Library(artifact.file(artifact.manifest.targets[name].library))
     except MoecError as error:
@@ -70,7 +72,8 @@ def load(
             "the library cannot be loaded", where=error.message, hint="compile the artifact again"
         ) from None
     binding = Binding(artifact, name, library, checkpoint, workers)
-    return Model(artifact, name, library, binding, (parts, workers))
+    call = make_calls(device, metal, library, binding, (parts, workers))
+    return Model(artifact, name, call, parts)
 
 
 class Model:
@@ -80,17 +83,15 @@ class Model:
         self,
         artifact: Artifact,
         target: str,
-        library: Library,
-        binding: Binding,
-        threads: tuple[int, int],
+        call: MakeCall,
+        threads: int,
     ) -> None:
         self.path: Path = artifact.path
         self.target = target
         self.digest = artifact.manifest.digest
-        self.threads = threads[0]
+        self.threads = threads
         self._blocks = {
-            entry.layer: Block(artifact, target, entry, library, binding, threads)
-            for entry in artifact.manifest.blocks
+            entry.layer: Block(artifact, target, entry, call) for entry in artifact.manifest.blocks
         }
 
     @property
@@ -132,23 +133,14 @@ class Block:
         artifact: Artifact,
         target: str,
         entry: BlockEntry,
-        library: Library,
-        binding: Binding,
-        threads: tuple[int, int],
+        call: MakeCall,
     ) -> None:
         self.layer = entry.layer
         self.spec: MoESpec = artifact.manifest.shapes[entry.shape].spec
         self._where = str(artifact.path)
         compiled = artifact.manifest.targets[target].shapes[entry.shape]
         self._calls = {
-            name: Call(
-                name,
-                function,
-                library,
-                lambda: binding.parameters(entry),
-                self.spec.experts,
-                threads,
-            )
+            name: call(entry, name, function, self.spec.experts)
             for name, function in compiled.functions.items()
         }
 
@@ -269,14 +261,14 @@ def _choose_target(artifact: Artifact, device: str) -> str:
     targets = artifact.manifest.targets
     held = ", ".join(f"{name} (device {t.device})" for name, t in targets.items()) or "none"
     fitting = {name: t for name, t in targets.items() if t.device == kind}
-    if not fitting or kind not in _RUNNABLE:
+    if not fitting or kind not in RUNNABLE:
         raise TargetError(
             f"the artifact cannot run on device {device}",
             where=str(artifact.path),
-            need=f"one of its targets: {held}; this runtime runs {', '.join(_RUNNABLE)}",
+            need=f"one of its targets: {held}; this runtime runs {', '.join(RUNNABLE)}",
             hint="load it on a device that it was compiled for, or compile it for this one",
         )
-    reasons = {name: host.missing(target.requires) for name, target in fitting.items()}
+    reasons = {name: _missing(target, device) for name, target in fitting.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     if not usable:
         raise TargetError(
@@ -286,6 +278,13 @@ def _choose_target(artifact: Artifact, device: str) -> str:
             hint="compile it on this machine, or for a lower target such as cpu:x86-64-v3",
         )
     return max(usable, key=lambda name: _preference(name, fitting[name], artifact))
+
+
+def _missing(target: Target, device: str) -> str | None:
+    reason, gpu = host.missing(target.requires), gpu_number(device)
+    if reason is None and gpu is not None:
+        return cuda.missing(str(target.requires.get("gpu")), gpu)
+    return reason
 
 
 def _preference(name: str, target: Target, artifact: Artifact) -> tuple[bool, int, str]:

@@ -95,13 +95,13 @@ def not_contiguous(name: str, strides: Any) -> InputError:
     )
 
 
-def wrong_device(name: str, device: str) -> InputError:
+def wrong_device(name: str, device: str, home: str = "cpu") -> InputError:
     """The error for a tensor that is not in the memory of this model's device."""
     return InputError(
         f"{name} is on device {device}",
         where=name,
-        need="a tensor on the cpu, where this model was loaded",
-        hint=f"move it ({name}.cpu()), or load the model on {device}",
+        need=f"a tensor on the {home}, where this model was loaded",
+        hint=f"move it there ({name}.to({home!r})), or load the model on {device}",
     )
 
 
@@ -213,7 +213,7 @@ def _view_dlpack(tensor: Any, name: str, writable: bool) -> View:
     borrowed = dlpack.borrow(tensor, name)
     if borrowed.device != "cpu":
         raise wrong_device(name, borrowed.device)
-    if borrowed.strides is not None and not _packed(borrowed.shape, borrowed.strides):
+    if borrowed.strides is not None and not packed(borrowed.shape, borrowed.strides):
         raise not_contiguous(name, borrowed.strides)
     if writable and borrowed.read_only:
         raise read_only(name)
@@ -221,7 +221,7 @@ def _view_dlpack(tensor: Any, name: str, writable: bool) -> View:
     return View(borrowed.address, borrowed.shape, borrowed.dtype, kind, borrowed.capsule)
 
 
-def _packed(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def packed(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether strides (in elements) are those of row-major order, where they matter."""
     if 0 in shape:
         return True

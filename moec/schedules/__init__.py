@@ -8,7 +8,7 @@ from ..errors import TargetError
 from .base import Backend, Chosen, Packed, Schedule, TokenRange, choose
 
 # Kind of target -> the module whose BACKEND lowers for it.
-_BACKENDS = {"cpu": ".cpu"}
+_BACKENDS = {"cpu": ".cpu", "cuda": ".cuda", "metal": ".metal"}
 
 
 def backend(kind: str) -> Backend:

@@ -15,7 +15,8 @@ from typing import Any
 from ..errors import TargetError
 from ..spec import MoESpec
 from ..target import KINDS, Target
-from .buffers import Kernel
+from .buffers import Buf, Kernel
+from .entry import Entry, Wiring, build_entry
 from .program import Lowering
 
 
@@ -53,7 +54,8 @@ class Schedule:
 
     `passes` are target-free rewrites, applied in order to the op graph. `config` is the frozen
     value of tile sizes and options that the backend's legalization reads. `tokens` is the range
-    in which the schedule is chosen by default; None = only when asked for by name. `supports`
+    in which the schedule is chosen by default; None = only when asked for by name. `span` gives
+    the range for a block where it depends on the block's sizes. `supports`
     returns None, or the reason why the schedule cannot compute a block.
     """
 
@@ -65,12 +67,20 @@ class Schedule:
     tokens: TokenRange | None
     deterministic: bool
     supports: Callable[[MoESpec, Target], str | None]
+    span: Callable[[MoESpec], TokenRange] | None = None
+
+    def range(self, spec: MoESpec) -> TokenRange | None:
+        """The token counts for which the schedule is chosen for a block by default."""
+        return self.span(spec) if self.span and self.tokens else self.tokens
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise TargetError(f"schedule name {self.name!r} is not an identifier")
         if self.kind not in KINDS:
             raise TargetError(f"schedule {self.name!r} has an unknown target kind {self.kind!r}")
+
+
+MakeEntry = Callable[[str, Wiring, Mapping[str, Buf], Mapping[str, Buf], Mapping[str, Buf]], Entry]
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ class Backend:
     with `prefix`; the schedules of the shape share it, and with it every kernel that they have
     in common. `packing` says how every parameter is bound, and gives the kernels that pack.
     `build` compiles functions into a library file, `requires` names what a machine needs to
-    run it (as the artifact's manifest writes it).
+    run it (as the artifact's manifest writes it). `entry` turns a straight line of kernel calls
+    into one compiled function.
     """
 
     kind: str
@@ -90,6 +101,7 @@ class Backend:
     packing: Callable[[MoESpec, Target, str], tuple[dict[str, Packed], dict[str, Kernel]]]
     build: Callable[[Mapping[str, Any], Target, Path], None]
     requires: Callable[[Target], dict[str, Any]]
+    entry: MakeEntry = build_entry
 
     def __post_init__(self) -> None:
         for name, schedule in self.schedules.items():
@@ -111,7 +123,7 @@ def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Targ
     if not chosen:
         reasons = "; ".join(f"{s.name}: {s.supports(spec, target)}" for s in schedules.values())
         raise TargetError(f"no schedule of {target.name} computes this block", need=reasons)
-    return _cover(chosen)
+    return _cover(chosen, spec)
 
 
 Chosen = list[tuple[Schedule, "TokenRange | None"]]
@@ -133,14 +145,15 @@ def _named(schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: 
     return schedules[name]
 
 
-def _cover(chosen: list[Schedule]) -> Chosen:
+def _cover(chosen: list[Schedule], spec: MoESpec) -> Chosen:
     """Stretch the ranges so that every T has a schedule, whichever were chosen."""
-    ranged = sorted((s for s in chosen if s.tokens), key=lambda s: s.tokens.low if s.tokens else 0)
-    if not ranged:
-        ranged = chosen[:1]
-    lows = [0, *(s.tokens.low for s in ranged[1:] if s.tokens)]
+    lows = {s.name: found.low for s in chosen if (found := s.range(spec))}
+    if not lows:
+        lows = {chosen[0].name: 0}
+    names = sorted(lows, key=lows.__getitem__)
+    edges = [0, *(lows[name] for name in names[1:])]
     spans = {
-        s.name: TokenRange(low, high)
-        for s, low, high in zip(ranged, lows, [*lows[1:], None], strict=True)
+        name: TokenRange(low, high)
+        for name, low, high in zip(names, edges, [*edges[1:], None], strict=True)
     }
     return [(s, spans.get(s.name)) for s in chosen]

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from tvm import tirx
 
-ITEM_BYTES = {"float32": 4, "int32": 4, "float16": 2, "uint16": 2, "uint8": 1, "int64": 8}
+ITEM_BYTES = {
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "uint16": 2,
+    "uint8": 1,
+    "int64": 8,
+    "bfloat16": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,12 @@ class Buf:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A PrimFunc and what a caller must pass: `args` in order, then tokens and threads."""
+    """A PrimFunc and what a caller must pass: `args` in order, then what the backend's entry adds.
+
+    `constants` are sizes that such an entry passes as numbers.
+    """
 
     symbol: str
     args: tuple[Buf, ...]
     func: tirx.PrimFunc = field(compare=False)  # the symbol is its identity
+    constants: tuple[int, ...] = ()

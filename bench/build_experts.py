@@ -1,0 +1,203 @@
+"""Compile the expert kernels of the benchmark shapes for sm_90a; needs no GPU.
+
+    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--variants REGEX]
+
+OUT receives one library a shape and index.json: for every variant its entry symbol, token
+range and workspace. bench/gpu_experts.py checks and times them on a GPU machine, where TVM's
+Python package is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from moec.schedules.buffers import Buf, Kernel, PerToken
+from moec.schedules.cuda import decode, finish, pipeline, prefill, sort, stream, toolchain
+from moec.schedules.cuda.host import Launch, build_host
+from moec.schedules.cuda.shapes import Matmul
+from moec.spec import ActivationSpec
+
+SMS = 132
+
+
+@dataclass(frozen=True)
+class Shape:
+    """E, K, H, I of a layer."""
+
+    E: int
+    K: int
+    H: int
+    I: int
+
+
+SHAPES = {
+    "qwen3": Shape(128, 8, 2048, 768),
+    "mixtral": Shape(8, 2, 4096, 14336),
+    "dsv3": Shape(256, 8, 7168, 2048),
+    "gptoss": Shape(128, 4, 2880, 2880),
+    "olmoe": Shape(64, 8, 2048, 1024),
+    "tiny": Shape(8, 2, 256, 128),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the experts: kernels and launches, best in [low, high) tokens."""
+
+    name: str
+    low: int
+    high: int
+    launches: tuple[Launch, ...]
+    kernels: tuple[Kernel, ...]
+
+
+def _matmuls(s: Shape) -> tuple[Matmul, Matmul]:
+    first = Matmul(s.E, s.K, s.H, s.I, True, False, "bfloat16")
+    return first, Matmul(s.E, s.K, s.I, s.H, False, False, "bfloat16")
+
+
+def decode_variant(
+    s: Shape, tag: str, one: decode.DecodeConfig, two: decode.DecodeConfig
+) -> Variant:
+    """Two launches."""
+    first, second = _matmuls(s)
+    a = decode.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
+    b = decode.down(f"{tag}_dn", second, two, SMS, "bfloat16")
+    launches = (
+        Launch(a, ("x", "topk_ids", "gate_up", "gate_up", "h")),
+        Launch(b, ("h", "topk_ids", "topk_weights", "down", "down", "y")),
+    )
+    return Variant(tag, 1, 9, launches, (a, b))
+
+
+def grouped_variant(
+    s: Shape,
+    tag: str,
+    low: int,
+    high: int,
+    module: Any,
+    one: Any,
+    two: Any,
+    rows: int,
+    blocks: bool,
+    grain: int = 0,
+) -> Variant:
+    """Sort, two matmuls, sum."""
+    first, second = _matmuls(s)
+    kernels = []
+    launches = []
+    counts = "topk_ids"
+    if blocks:
+        c = sort.count(f"{tag}_count", s.E, s.K)
+        kernels.append(c)
+        launches.append(Launch(c, ("topk_ids", "counts")))
+        counts = "counts"
+    z = sort.sort(f"{tag}_sort", s.E, s.K, rows, blocks, grain)
+    a = module.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
+    b = module.down(f"{tag}_dn", second, two, SMS)
+    f = finish.finish(f"{tag}_fin", finish.Finish(s.E, s.K, s.H, "bfloat16", "bfloat16"))
+    kernels += [z, a, b, f]
+    launches += [
+        Launch(z, ("topk_ids", counts, "order", "offsets", "tiles", "tile_count")),
+        Launch(a, ("x", "order", "tiles", "tile_count", "gate_up", "gate_up", "h")),
+        Launch(b, ("h", "order", "tiles", "tile_count", "down", "down", "rows")),
+        Launch(f, ("rows", "topk_ids", "topk_weights", "topk_weights", "topk_weights", "x", "y")),
+    ]
+    return Variant(tag, low, high, tuple(launches), tuple(kernels))
+
+
+def variants(s: Shape) -> list[Variant]:
+    """Everything that is compared."""
+    C = decode.DecodeConfig
+    one, two = decode.chunks_of(s.H), decode.chunks_of(s.I)
+    out = []
+    for budget1, budget2, c1, c2, ahead in ((176, 192, one, two, 3), (176, 100, one, two, 3)):
+        st1, st2 = max(2, budget1 // (2 * c1)), max(2, budget2 // (2 * c2))
+        name = f"dec_{budget1}_{budget2}_{c2}_{ahead}"
+        out.append(decode_variant(s, name, C(c1, st1), C(c2, st2, ahead)))
+    S = stream.StreamConfig
+    W = tuple(range(16, 129, 16))
+    for name, cfg, low, high, grain in (
+        ("str8", S(8), 1, 17, 0), ("str16", S(16, stages=8), 1, 65, 0),
+        ("str32", S(32, stages=8), 32, 257, 0), ("str64", S(64, W[:4]), 128, 1025, 16),
+        ("str128", S(128, W), 256, 2049, 16),
+        ("sw64", S(64, W[:4], 2), 128, 1025, 16), ("sw128", S(128, W, 2), 256, 1 << 30, 16),
+        ("sw160", S(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 512, 1 << 30, 16),
+    ):  # fmt: skip
+        blocks = high > 1000
+        out.append(grouped_variant(s, name, low, high, stream, cfg, cfg, cfg.rows, blocks, grain))
+    P = prefill.PrefillConfig
+    for cols in (256, 192, 128):
+        cfg = P(cols, {256: 4, 192: 5, 128: 6}[cols])
+        out.append(grouped_variant(s, f"pre{cols}", 256, 1 << 30, prefill, cfg, cfg, 128, True))
+    return out
+
+
+def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str, Any]:
+    """Compile the variants of a shape into one library; returns its index entry."""
+    x, y = Buf("x", (PerToken(), s.H), "bfloat16"), Buf("y", (PerToken(), s.H), "bfloat16")
+    ids, wts = (
+        Buf(n, (PerToken(), s.K), d)
+        for n, d in (("topk_ids", "int32"), ("topk_weights", "float32"))
+    )
+    first, second = _matmuls(s)
+    index: dict[str, Any] = {"shape": [s.E, s.K, s.H, s.I], "library": out.name, "variants": {}}
+    functions: dict[str, Any] = {}
+    dependent: list[str] = []
+    parts = [
+        Variant(f"{v.name}_upto{i}", v.low, v.high, v.launches[:i], v.kernels)
+        for v in chosen if re.search(prefixes, v.name) for i in range(1, len(v.launches))
+    ]  # fmt: skip
+    for v in (*chosen, *parts):
+        entry = build_host(
+            f"moec_{v.name}", {"x": x, "topk_ids": ids, "topk_weights": wts},
+            {"gate_up": first.weight, "down": second.weight}, {"y": y}, v.launches,
+        )  # fmt: skip
+        functions[entry.symbol] = entry.func
+        functions.update({k.symbol: k.func for k in v.kernels})
+        dependent += [k.symbol for k in v.kernels]
+        index["variants"][v.name] = {
+            "symbol": entry.symbol,
+            "tokens": [v.low, v.high],
+            "workspace": list(entry.workspace),
+            "launches": len(v.launches),
+        }
+    with toolchain.compiling("sm_90a") as report:
+        library = pipeline.build(tvm.IRModule(functions), "sm_90a", dependent)
+        index["resources"] = {k: [r.registers, r.spills] for k, r in sorted(report.items())}
+    library.export_library(str(out))
+    toolchain.assert_cubin(out.read_bytes())
+    return index
+
+
+def main() -> None:
+    """Compile what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shapes", default="qwen3")
+    parser.add_argument("--variants", default=".")
+    parser.add_argument("--prefixes", default="^$", help="regex: also the first 1, 2, ... launches")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "index.json"
+    index = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.shapes.split(","):
+        begin = time.time()
+        shape = SHAPES[name]
+        chosen = [v for v in variants(shape) if re.search(options.variants, v.name)]
+        index[name] = build(shape, chosen, options.out / f"{name}.so", options.prefixes)
+        spilled = [k for k, (_, spills) in index[name]["resources"].items() if spills]
+        print(f"{name}: {len(chosen)} variants, {time.time() - begin:.1f} s, spills: {spilled}")
+    path.write_text(json.dumps(index, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""moec as a contender of a side-by-side harness: build(ctx) -> f(r), see bench/gpu_experts.py.
+
+MOEC_LIBS names the folder that build_experts.py filled, MOEC_PLAN a JSON object of
+"SHAPE": [[low, high, variant], ...]: which variant answers for which token counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gpu_experts
+
+NOTE = "moec"
+_loaded: dict[str, Any] = {}
+
+
+def build(ctx: Any) -> Any:
+    """A function of the routing number; weights are used where they are, unpacked."""
+    import torch
+
+    # The harness may bring another tvm_ffi: the pinned one must come first.
+    sys.path[:0] = os.environ.get("MOEC_SITE", "").split(os.pathsep)
+    libs = Path(os.environ["MOEC_LIBS"])
+    plan = json.loads(os.environ["MOEC_PLAN"])
+    index = json.loads((libs / "index.json").read_text())
+    dims = [ctx.E, ctx.k, ctx.h, ctx.i]
+    name = next(n for n in plan if index[n]["shape"] == dims)
+    variant = next(v for low, high, v in plan[name] if low <= ctx.T < high)
+    info = index[name]["variants"][variant]
+    if name not in _loaded:
+        _loaded[name] = gpu_experts.Entries(libs / index[name]["library"])
+    fixed, per_token = info["workspace"]
+    space = torch.empty(fixed + per_token * ctx.T + 256, device=ctx.dev, dtype=torch.uint8)
+    out = torch.empty(ctx.T, ctx.h, device=ctx.dev, dtype=torch.bfloat16)
+    calls = [
+        _loaded[name].bind(
+            info["symbol"], [ctx.x, ctx.ids[r], ctx.wts[r], ctx.w13, ctx.w2, out, space]
+        )
+        for r in range(ctx.R)
+    ]
+
+    def f(r: int) -> Any:
+        calls[r]()
+        return out
+
+    return f

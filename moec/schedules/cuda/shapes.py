@@ -1,0 +1,49 @@
+"""What the expert matmuls of a block look like to their kernels, whatever the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..buffers import Buf, PerToken
+from . import sort
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """[rows, inner] times the expert's [(2 x) outer, inner] weight, canonical layout.
+
+    `gated`: the weight has gate rows, then as many up rows, and the activation combines them.
+    """
+
+    experts: int
+    top_k: int
+    inner: int
+    outer: int
+    gated: bool
+    bias: bool
+    dtype: str
+
+    @property
+    def weight(self) -> Buf:
+        """The canonical weight [E, (2 x) outer, inner]."""
+        return Buf("weight", (self.experts, self.weight_rows, self.inner), self.dtype)
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of an expert's weight."""
+        return self.outer * (2 if self.gated else 1)
+
+    def buffers(self, result: str, gather: bool) -> tuple[Buf, ...]:
+        """Arguments of a grouped matmul kernel; without bias the weight stands in its place."""
+        _, order, _, tiles, count = sort.buffers(self.experts, self.top_k)
+        rows = PerToken() if gather else PerToken(self.top_k)
+        bias = Buf("bias", (self.experts, self.weight_rows), "float32")
+        return (
+            Buf("x", (rows, self.inner), self.dtype, gather),
+            order,
+            tiles,
+            count,
+            self.weight,
+            bias if self.bias else self.weight,
+            Buf(result, (PerToken(self.top_k), self.outer), self.dtype),
+        )

@@ -1,0 +1,471 @@
+"""Grouped matmuls for few rows an expert: every weight byte is read once, as fast as it comes.
+
+The sides are swapped: 128 weight rows are the M side of wgmma (64 a warpgroup) and the tokens
+of the expert its N side, 8 to 128 of them, so that padding costs no bandwidth. For a gated
+first matmul the tile holds 8 gate rows, their 8 up rows, the next 8 gate rows...: one TMA
+box of five dimensions lays the canonical weight out like that, and both values of a pair
+end up in one thread. Results go through shared memory, transposed, to whole rows.
+"""
+
+# The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from ...errors import TargetError
+from ...spec import ActivationSpec
+from ..buffers import Kernel
+from .activation import device_function
+from .intrinsics import BARRIER_WAIT, fresh, opaque
+from .shapes import Matmul
+
+_TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
+BK = 64
+THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
+SHARED_LIMIT = 227 * 1024
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Tiles of 128 * `blocks` weight rows by up to `rows` tokens.
+
+    `widths`: the N of wgmma for which there is code, ascending up to `rows` (empty: only
+    `rows`); a tile takes the narrowest that holds its tokens. `depth` K blocks of 64 a stage,
+    ring `stages` (0: all that fit); `lag` stages of gathered tokens are in flight before the
+    oldest is handed over.
+    """
+
+    rows: int = 16
+    widths: tuple[int, ...] = ()
+    blocks: int = 1
+    depth: int = 1
+    stages: int = 0
+    lag: int = 4
+
+    def __post_init__(self) -> None:
+        widths = self.widths or (self.rows,)
+        if widths[-1] != self.rows or len(widths) > 8 or any(w % 8 for w in widths):
+            raise TargetError(f"stream: widths {widths} do not lead up to {self.rows} by eights")
+        if self.blocks * self.rows > 320:
+            raise TargetError("stream: the accumulators of a tile do not fit the registers")
+        if self.ring() < 3:
+            raise TargetError("stream: three stages do not fit the shared memory")
+
+    @property
+    def part(self) -> int:
+        """Tokens that the transposing buffer holds at a time."""
+        return next(p for p in (64, 32, 16, 8) if self.rows % p == 0)
+
+    def ring(self) -> int:
+        """Stages of the ring."""
+        room = SHARED_LIMIT - 2 * self.part * 144 - 8 * self.rows - 256
+        stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
+        return self.stages or min(12, room // stage)
+
+
+def gate_up(
+    symbol: str, shape: Matmul, act: ActivationSpec, config: StreamConfig, sms: int
+) -> Kernel:
+    """x [T, H], row_order, tiles, tile_count, weight [E, 2I, H] (, bias) -> h [S, I] sorted."""
+    return _build(symbol, shape, act, config, sms)
+
+
+def down(symbol: str, shape: Matmul, config: StreamConfig, sms: int) -> Kernel:
+    """h [S, I] sorted, row_order, tiles, tile_count, weight [E, H, I] (, bias) -> rows [S, H].
+
+    rows[t*K + k] is the unweighted row of expert topk_ids[t, k]; rows of ids outside [0, E)
+    are not written.
+    """
+    return _build(symbol, shape, None, config, sms)
+
+
+def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> Kernel:
+    FIRST = act is not None
+    E, TOPK, K, COLS = shape.experts, shape.top_k, shape.inner, shape.outer
+    PAIR, BIAS, DT = shape.gated and FIRST, shape.bias, shape.dtype
+    SHORT = "bf16" if DT == "bfloat16" else "f16"
+    N, D, ST, LAG = config.rows, config.depth, config.ring(), min(config.lag, config.ring() - 2)
+    MB = config.blocks
+    BM = 128 * MB
+    NOUT = BM // 2 if PAIR else BM  # outputs of a tile
+    WOUT = 32 if PAIR else 64  # of 64 weight rows
+    PITCH = WOUT + 8  # 16-bit words between tokens: free of conflicts
+    NB = -(-COLS // NOUT)
+    KB = -(-K // (BK * D))
+    EARLY = min(ST, KB)  # stages whose weights are loaded before the wait
+    PART = config.part
+    PARTS = N // PART
+    WIDTHS = config.widths or (N,)
+    NV = len(WIDTHS)
+    NACC = MB * N // 2
+    ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
+    PBYTES = D * PART * BK * 2  # of one box of tokens
+    FULL = 4 if FIRST else 1
+    TURNS = -(-N // 24)  # a gathering warp takes 8 tokens of every 24
+    OUTP = WOUT // 8  # 16-byte pieces of a token's result
+    OTURNS = -(-PART * OUTP // 128)
+    DTURNS = -(-N // 128)
+    WROWS = COLS * (2 if PAIR else 1)
+    FRAG = 1 if PAIR else 2  # 8x8 results of a warp per 8 tokens
+    mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
+    cvt = f"cvt.rn.{SHORT}x2.f32"
+    X4 = PART // 8 * FRAG // 4  # stores of four 8x8 results
+    X2 = PART // 8 * FRAG % 4 // 2
+    X1 = PART // 8 * FRAG % 2
+    st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
+    ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
+
+    # fmt: off
+    @T.prim_func
+    def kernel(x_p: T.handle(DT), order_p: T.handle("int32"), tiles_p: T.handle("int32"), count_p: T.handle("int32"), w_p: T.handle(DT), bias_p: T.handle("float32"), out_p: T.handle(DT), tokens: T.int64, threads: T.int64):
+        T.func_attr({"global_symbol": symbol})
+        NT: T.let[T.int32] = T.Cast("int32", tokens)
+        S: T.let[T.int32] = NT * TOPK
+        X = T.decl_buffer((NT if FIRST else S, K), DT, data=x_p)
+        ORDER = T.decl_buffer((S,), "int32", data=order_p)
+        TILES = T.decl_buffer((S * 4,), "int32", data=tiles_p)
+        COUNT = T.decl_buffer((4,), "int32", data=count_p)
+        BIASV = T.decl_buffer((E * WROWS,), "float32", data=bias_p)
+        OUT = T.decl_buffer((S, COLS), DT, data=out_p)
+        B_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        if not FIRST:
+            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, PART, 1, 1, 0, 3, 3, 0)
+        A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        if PAIR:
+            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8, 2, COLS // 8, E, K * 2, COLS * K * 2, 8 * K * 2, 2 * COLS * K * 2, BK, 8, 2, 8 * MB, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+        else:
+            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 3, w_p, K, COLS, E, K * 2, COLS * K * 2, BK, BM, 1, 1, 1, 1, 0, 3, 3, 0)
+
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
+        bx = T.cta_id([sms])
+        tid = T.thread_id([THREADS])
+        wid: T.int32 = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), tid // 32, 0, 32)
+        lane = T.meta_var(tid % 32)
+        pool = T.SMEMPool()
+        As = pool.alloc((ST, D, BM, BK), DT, align=1024)
+        Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
+        Ds = pool.alloc((2, PART, PITCH), DT, align=16)
+        dst = pool.alloc((2, N if not FIRST else 1), "int32", align=16)
+        full = pool.alloc((ST,), "uint64", align=8)
+        empty = pool.alloc((ST,), "uint64", align=8)
+        pool.commit()
+
+        if tid == 352:
+            for i in T.unroll(ST):
+                T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(FULL))
+                T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(8))
+            T.ptx.fence.mbarrier_init.release.cluster()
+        T.cuda.cta_sync()
+        # The first matmul lets the second one start after its own wait: the sort is complete
+        # there, and weights may be loaded while the first still runs.
+        if FIRST:
+            T.ptx.griddepcontrol.wait()
+        T.ptx.griddepcontrol.launch_dependents()
+
+        stage: T.int32 = 0
+        phase: T.int32 = 0
+        tile: T.int32 = bx
+        total: T.int32 = fresh(COUNT, 0) * NB
+        e: T.int32
+        row0: T.int32
+        rows: T.int32
+        n: T.int32
+        next_e: T.int32
+        next_row0: T.int32
+        next_rows: T.int32
+        next_n: T.int32
+
+        @T.inline
+        def wait(bar, parity):
+            T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
+
+        # The next tile is looked up while the current one is computed.
+        @T.inline
+        def look(which):
+            if which < total:
+                m: T.int32 = which // NB
+                next_n = which - m * NB
+                next_e = fresh(TILES, m * 4)
+                next_row0 = fresh(TILES, m * 4 + 1)
+                next_rows = fresh(TILES, m * 4 + 2)
+
+        @T.inline
+        def locate():
+            n = next_n
+            e = next_e
+            row0 = next_row0
+            rows = next_rows
+            look(tile + sms)
+
+        @T.inline
+        def advance():
+            stage += 1
+            if stage == ST:
+                stage = 0
+                phase = phase ^ 1
+
+        @T.inline
+        def weights(k):
+            for d in T.unroll(D):
+                if PAIR:
+                    T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * 8 * MB, e, full.ptr_to([stage]))
+                else:
+                    T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
+
+        if wid == 11:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
+            if lane == 0:
+                k0: T.int32 = 0
+                boxes: T.int32
+
+                @T.inline
+                def tokens_of(k):
+                    for d in T.unroll(D):
+                        for i in T.unroll(PARTS):
+                            if i < boxes:
+                                T.ptx[TMA2](Bs.ptr_to([stage, d, i * PART, 0]), T.address_of(B_map), (k * D + d) * BK, row0 + i * PART, full.ptr_to([stage]))
+
+                @T.inline
+                def expect():
+                    if FIRST:
+                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(ABYTES))
+                    else:
+                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.Cast("uint32", ABYTES + boxes * PBYTES))
+
+                look(tile)
+                if not FIRST:
+                    if tile < total:
+                        locate()
+                        boxes = (rows + PART - 1) // PART
+                        for k in T.serial(EARLY):
+                            expect()
+                            weights(k)
+                            advance()
+                    T.ptx.griddepcontrol.wait()
+                    if tile < total:
+                        stage = 0
+                        phase = 0
+                        for k in T.serial(EARLY):
+                            tokens_of(k)
+                            advance()
+                        k0 = EARLY
+                while tile < total:
+                    if FIRST or k0 == 0:
+                        locate()
+                        boxes = (rows + PART - 1) // PART
+                    for k in T.serial(k0, KB):
+                        wait(empty.ptr_to([stage]), phase ^ 1)
+                        expect()
+                        weights(k)
+                        if not FIRST:
+                            tokens_of(k)
+                        advance()
+                    k0 = 0
+                    tile += sms
+        elif wid >= 8:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
+            if FIRST:
+                # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight
+                src = T.alloc_local((TURNS * 2,), "int32")
+                pst: T.int32 = 0
+                behind: T.int32 = 0
+                first: T.int32 = (wid - 8) * 8
+                look(tile)
+                while tile < total:
+                    locate()
+                    for p in T.unroll(TURNS):
+                        for h in T.unroll(2):
+                            r8: T.int32 = T.min(p * 24 + first + h * 4 + lane // 8, rows - 1)
+                            src[p * 2 + h] = fresh(ORDER, row0 + r8) // TOPK
+                    for k in T.serial(KB):
+                        wait(empty.ptr_to([stage]), phase ^ 1)
+                        for d in T.unroll(D):
+                            for p in T.unroll(TURNS):
+                                # tokens past the tile's are not loaded: what is there reaches no valid result
+                                if p * 24 + first < T.min(rows, N):
+                                    for h in T.unroll(2):
+                                        row = T.meta_var(p * 24 + first + h * 4 + lane // 8)
+                                        swizzled = T.meta_var((lane % 8 ^ (h * 4 + lane // 8)) * 8)
+                                        if K % (BK * D) == 0:
+                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), (k * D + d) * BK + lane % 8 * 8]), 16)
+                                        else:
+                                            inside: T.int32 = T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0)
+                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), T.if_then_else(inside == 16, (k * D + d) * BK + lane % 8 * 8, 0)]), 16, T.Cast("uint32", inside))
+                        T.ptx.cp.async_.commit_group()
+                        if behind == LAG:
+                            T.ptx.cp.async_.wait_group(LAG)
+                            T.ptx.fence.proxy.async_.shared__cta()
+                            T.cuda.warp_sync()
+                            if lane == 0:
+                                T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([pst]), T.uint32(1))
+                            pst += 1
+                            if pst == ST:
+                                pst = 0
+                        else:
+                            behind += 1
+                        advance()
+                    tile += sms
+                T.ptx.cp.async_.wait_group(0)
+                T.ptx.fence.proxy.async_.shared__cta()
+                T.cuda.warp_sync()
+                while behind > 0:
+                    if lane == 0:
+                        T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([pst]), T.uint32(1))
+                    pst += 1
+                    if pst == ST:
+                        pst = 0
+                    behind -= 1
+        else:
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](208)
+            to_row = T.alloc_local((DTURNS,), "int32")
+            acc = T.alloc_local((NACC,), "float32")
+            hw = T.alloc_local((PART // 8 * FRAG,), "uint32")
+            v = T.alloc_local((4,), "uint32")
+            vv = T.alloc_local((2,), "float32")
+            bb = T.alloc_local((2,), "float32")
+            dA: T.uint64
+            dB: T.uint64
+            wgi: T.int32 = wid // 4
+            w4: T.int32 = wid % 4
+            wt = T.meta_var(tid % 128)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64 * MB, 0]), 1, 64, 3)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0, 0]), 1, 64, 3)
+            prev: T.int32 = 0
+            steps: T.int32 = opaque(KB)
+
+            @T.inline
+            def release(s):
+                if lane == 0:
+                    T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
+
+            @T.inline
+            def multiply(width):
+                for k in T.serial(steps):
+                    wait(full.ptr_to([stage]), phase)
+                    T.ptx.wgmma.fence.sync.aligned()
+                    for kk in T.unroll(D * BK // 16):
+                        for mb in T.unroll(MB):
+                            T.ptx[mma.format(width)](*[acc[mb * (N // 2) + i] for i in range(width // 2)],
+                                dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + mb * (64 * BK * 2 // 16) + kk % 4 * 2),
+                                dB + T.Cast("uint64", stage * (BBYTES // 16) + kk // 4 * (N * BK * 2 // 16) + kk % 4 * 2),
+                                (k + kk) != 0, 1, 1, 0, 0)
+                    T.ptx.wgmma.commit_group.sync.aligned()
+                    if k > 0:
+                        T.ptx.wgmma.wait_group.sync.aligned(1)
+                        release(prev)
+                    prev = stage
+                    advance()
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release(prev)
+
+            look(tile)
+            while tile < total:
+                locate()
+                if not FIRST:
+                    for p in T.unroll(DTURNS):
+                        if p * 128 + wt < rows:
+                            to_row[p] = fresh(ORDER, row0 + p * 128 + wt)
+                if NV == 1:
+                    multiply(N)
+                else:
+                    pick: T.int32 = T.Cast("int32", rows > WIDTHS[0])
+                    pick += T.Cast("int32", rows > WIDTHS[min(1, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(2, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(3, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(4, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(5, NV - 1)])
+                    pick += T.Cast("int32", rows > WIDTHS[min(6, NV - 1)])
+                    if pick == 0:
+                        multiply(WIDTHS[0])
+                    if NV > 1:
+                        if pick == 1:
+                            multiply(WIDTHS[min(1, NV - 1)])
+                    if NV > 2:
+                        if pick == 2:
+                            multiply(WIDTHS[min(2, NV - 1)])
+                    if NV > 3:
+                        if pick == 3:
+                            multiply(WIDTHS[min(3, NV - 1)])
+                    if NV > 4:
+                        if pick == 4:
+                            multiply(WIDTHS[min(4, NV - 1)])
+                    if NV > 5:
+                        if pick == 5:
+                            multiply(WIDTHS[min(5, NV - 1)])
+                    if NV > 6:
+                        if pick == 6:
+                            multiply(WIDTHS[min(6, NV - 1)])
+                    if NV > 7:
+                        if pick == 7:
+                            multiply(WIDTHS[min(7, NV - 1)])
+                # where the tokens' rows go; the barrier before the first results orders this
+                if not FIRST:
+                    T.cuda.warpgroup_sync(wgi + 1)
+                    for p in T.unroll(DTURNS):
+                        if p * 128 + wt < N:
+                            dst[wgi, p * 128 + wt] = to_row[p]
+                for mb in T.unroll(MB):
+                    # bias of the rows that this lane holds: gate and up, or rows g and g + 8
+                    if BIAS:
+                        out0: T.int32
+                        if PAIR:
+                            out0 = n * NOUT + ((wgi * MB + mb) * 4 + w4) * 8 + lane // 4
+                        else:
+                            out0 = n * NOUT + ((wgi * MB + mb) * 4 + w4) * 16 + lane // 4
+                        for i in T.unroll(2):
+                            bb[i] = T.float32(0)
+                        if out0 < COLS:
+                            bb[0] = BIASV[e * WROWS + out0]
+                            if PAIR:
+                                bb[1] = BIASV[e * WROWS + COLS + out0]
+                        if not PAIR:
+                            if out0 + 8 < COLS:
+                                bb[1] = BIASV[e * WROWS + out0 + 8]
+                    for part in T.unroll(PARTS):
+                        if part == 0 or part * PART < rows:
+                            for b in T.unroll(PART // 8):
+                                for f in T.unroll(FRAG):
+                                    for i in T.unroll(2):
+                                        a = T.meta_var(mb * (N // 2) + part * (PART // 2) + b * 4 + i)
+                                        if PAIR:
+                                            if BIAS:
+                                                vv[i] = T.cuda.func_call(ACT, acc[a] + bb[0], acc[a + 2] + bb[1], source_code=ACT_SRC, return_type="float32")
+                                            else:
+                                                vv[i] = T.cuda.func_call(ACT, acc[a], acc[a + 2], source_code=ACT_SRC, return_type="float32")
+                                        else:
+                                            vv[i] = acc[a + f * 2]
+                                            if BIAS:
+                                                vv[i] = vv[i] + bb[f]
+                                            if FIRST:
+                                                vv[i] = T.cuda.func_call(ACT, vv[i], vv[i], source_code=ACT_SRC, return_type="float32")
+                                    T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
+                            # every thread of the warpgroup has read the rows that were there
+                            T.cuda.warpgroup_sync(wgi + 1)
+                            if PAIR:
+                                for s in T.unroll(X4):
+                                    T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                                if X2 == 1:
+                                    T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                                if X1 == 1:
+                                    T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
+                            else:
+                                for s in T.unroll(X4):
+                                    T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                                if X2 == 1:
+                                    T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
+                            T.cuda.warpgroup_sync(wgi + 1)
+                            for p in T.unroll(OTURNS):
+                                at = T.meta_var(p * 128 + wt)
+                                token = T.meta_var(at // OUTP)
+                                col = T.meta_var(n * NOUT + (wgi * MB + mb) * WOUT + at % OUTP * 8)
+                                if token < PART and part * PART + token < rows and col < COLS:
+                                    to: T.int32 = row0 + part * PART + token
+                                    if not FIRST:
+                                        to = dst[wgi, part * PART + token]
+                                    T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
+                                    T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
+                tile += sms
+    # fmt: on
+    return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)

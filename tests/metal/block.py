@@ -1,0 +1,93 @@
+"""A block compiled from a spec alone, run on the emulated device through its entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moec import target
+from moec.compiler.instruments import Observer
+from moec.compiler.lower import Lowered, lower
+from moec.compiler.options import CompileOptions
+from moec.schedules import backend, choose
+from moec.schedules.metal import codegen
+from moec.schedules.metal.kernel import MSL
+from moec.spec import MoESpec
+
+Array = np.ndarray[Any, Any]
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+SCHEDULES = ("fused", "gather", "loop")
+
+
+def lowered(spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES) -> Lowered:
+    """The kernels and entries of a spec."""
+    to, own = target.resolve("metal:emulated"), backend("metal")
+    observer = Observer(CompileOptions())
+    return lower("b0", spec, to, own, choose(own, schedules, spec, to), observer, None)
+
+
+class Block:
+    """Random canonical parameters and the compiled functions of a spec."""
+
+    def __init__(
+        self, spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES, seed: int = 0
+    ) -> None:
+        self.spec = spec
+        self.lowered = lowered(spec, schedules)
+        self._module = codegen.compile_module(
+            self.lowered.functions, target.resolve("metal:emulated")
+        )
+        random = np.random.default_rng(seed)
+        self.parameters = {
+            name: (random.normal(size=p.shape) / p.shape[-1] ** 0.5).astype(NUMPY[p.dtype])
+            for name, p in spec.parameters().items()
+        }
+
+    def texts(self) -> dict[str, str]:
+        """Kernel name -> the MSL that the device compiles."""
+        out = {}
+        functions = self.lowered.functions
+        texts = {n: list(f.attrs[MSL]) for n, f in functions.items() if f.attrs and MSL in f.attrs}
+        code = self._module.imports[0].inspect_source()
+        for piece in code.split("// Function: ")[1:]:
+            name, text = piece.split("\n", 1)
+            out[name] = codegen.with_library(text, texts) if "MOEC_BOUND" not in text else text
+        return out
+
+    def run(self, function: str, schedule: str, **inputs: Array) -> dict[str, Array]:
+        """The outputs of "route", "experts" or "moe" by name."""
+        import tvm
+
+        variant = next(v for v in self.lowered.variants[function] if v.schedule.name == schedule)
+        entry, metal = variant.entry, tvm.metal(0)
+        tokens, e = len(inputs["x"]), self.spec.experts
+        shapes = {
+            "y": ((tokens, e.hidden_size), self.spec.dtype),
+            "topk_ids": ((tokens, e.top_k), "int32"),
+            "topk_weights": ((tokens, e.top_k), "float32"),
+        }
+        kinds = {**NUMPY, "int32": np.int32}
+        outputs = {n: np.empty(shapes[n][0], kinds[shapes[n][1]]) for n in entry.outputs}
+        named = {**inputs, **self.parameters}
+        arrays = [*(named[n] for n in (*entry.inputs, *entry.parameters)), *outputs.values()]
+        tensors = [tvm.runtime.tensor(_raw(a), metal) for a in arrays]
+        fixed, per_token = entry.workspace
+        workspace = tvm.runtime.empty((fixed + per_token * tokens,), "uint8", metal)
+        self._module[entry.symbol](*tensors, workspace, 1)
+        made = tensors[len(tensors) - len(outputs) :]
+        return {
+            name: made[i].numpy().view(array.dtype)
+            for i, (name, array) in enumerate(outputs.items())
+        }
+
+
+def _raw(array: Array) -> Array:
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def error(got: Array, want: Array) -> float:
+    """|got - want| / |want|; NaN never passes a comparison."""
+    difference = np.linalg.norm(got.astype(np.float64) - want.astype(np.float64))
+    return float(difference / np.linalg.norm(want.astype(np.float64)))

@@ -1,0 +1,435 @@
+// The part of the emulator that does not depend on a kernel: fibers, barriers, races, launches.
+#include "include/msl_fiber.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <random>
+#include <thread>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace msl {
+namespace {
+
+constexpr size_t kStack = 256 << 10;
+
+// ---------------------------------------------------------------- context switch
+#if defined(__x86_64__)
+// ucontext makes two system calls at every switch; these ten instructions make none.
+extern "C" void msl_switch(void** save, void* to);
+asm(R"(
+.text
+.local msl_switch
+.type msl_switch,@function
+msl_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size msl_switch,.-msl_switch
+)");
+typedef void* Context;
+void context_switch(Context& from, Context& to) { msl_switch(&from, to); }
+void context_make(Context& made, char* stack, void (*entry)()) {
+  void** top = (void**)(stack + kStack - 64);
+  *--top = nullptr;  // the return address of entry, which never returns
+  *--top = (void*)entry;
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  made = top;
+}
+#else
+typedef ucontext_t Context;
+void context_switch(Context& from, Context& to) { swapcontext(&from, &to); }
+void context_make(Context& made, char* stack, void (*entry)()) {
+  getcontext(&made);
+  made.uc_stack.ss_sp = stack;
+  made.uc_stack.ss_size = kStack;
+  made.uc_link = nullptr;
+  makecontext(&made, entry, 0);
+}
+#endif
+
+// ---------------------------------------------------------------- state of a threadgroup
+enum Wait : uint8_t { kReady, kBarrier, kRendezvous, kDone };
+
+struct Lane {
+  Context context;
+  char* stack = nullptr;
+  Wait wait = kReady;
+  int line = 0;
+  uvec3 id{0, 0, 0};
+  const char* op = "";
+  void* arg = nullptr;
+};
+
+struct SimdGroup {
+  int arrived = 0, size = 0;
+  uint32_t epoch = 0;  // counts the barriers of this SIMD group
+  void* args[kSimd] = {};
+};
+
+// Who touched a unit of threadgroup memory last, and between which barriers.
+struct Shadow {
+  uint32_t write_epoch = 0, read_epoch = 0;  // threadgroup barriers passed, plus one
+  uint32_t write_simd_epoch = 0, read_simd_epoch = 0;
+  int16_t writer = -1, reader = -1;
+  bool many_readers = false;
+};
+
+struct Launch {
+  std::vector<Buffer> buffers;
+  int order = 0;
+  unsigned seed = 0;
+  bool trace = false;
+  Counters total;
+};
+
+struct Array {
+  int line;
+  size_t offset, bytes;
+};
+
+struct Group {
+  Launch* launch = nullptr;
+  std::vector<Lane> lanes;
+  std::vector<SimdGroup> simds;
+  int size = 0, current = 0, done = 0, at_barrier = 0;
+  bool orders_threadgroup = false, dead = false;
+  uint32_t epoch = 1, index = 0;
+  Context main;
+  Arguments arguments{};
+  Body body = nullptr;
+  std::string error;
+  char* arena = nullptr;  // threadgroup memory
+  std::vector<Array> arrays;
+  size_t arena_used = 0;
+  std::vector<Shadow> shadow;
+  Counters count;
+  ~Group() {
+    for (auto& lane : lanes)
+      if (lane.stack) munmap(lane.stack, kStack);
+    free(arena);
+  }
+};
+
+Group*& group() {
+  static thread_local Group* current = nullptr;
+  return current;
+}
+Lane& self() { return group()->lanes[group()->current]; }
+SimdGroup& own_simd() { return group()->simds[group()->current / kSimd]; }
+void to_main() { context_switch(self().context, group()->main); }
+
+}  // namespace
+
+int lane_id() { return group()->current % kSimd; }
+char* arena() { return group()->arena; }
+char* buffer_data(int buffer) { return group()->launch->buffers[buffer].data; }
+void count_mma() { ++group()->count.mma; }
+
+void fail(const std::string& message) {
+  Group* g = group();
+  if (g->error.empty()) {
+    auto& id = self().id;
+    g->error = message + " (thread " + std::to_string(id.x) + "," + std::to_string(id.y) + "," +
+               std::to_string(id.z) + ")";
+  }
+  g->dead = true;
+  for (;;) to_main();
+}
+
+// ---------------------------------------------------------------- barriers and rendezvous
+void threadgroup_barrier(int line, bool orders_threadgroup) {
+  Group* g = group();
+  Lane& lane = self();
+  lane.wait = kBarrier;
+  lane.line = line;
+  g->orders_threadgroup = orders_threadgroup;
+  ++g->at_barrier;
+  to_main();
+}
+
+// Meet all other threads of the SIMD group; the last one runs `f` on everybody's argument.
+void rendezvous(const char* op, void* arg, Meeting f, void* context) {
+  Group* g = group();
+  int current = g->current, base = current / kSimd * kSimd;
+  SimdGroup& simd = g->simds[current / kSimd];
+  Lane& lane = self();
+  lane.op = op;
+  lane.arg = arg;
+  simd.args[current % kSimd] = arg;
+  if (++simd.arrived < simd.size) {
+    lane.wait = kRendezvous;
+    to_main();
+    return;
+  }
+  for (int i = 0; i < simd.size; ++i)
+    if (std::strcmp(g->lanes[base + i].op, op))
+      fail(std::string("SIMD-group divergence: ") + op + " meets " + g->lanes[base + i].op);
+  simd.arrived = 0;
+  f(context, simd.args, simd.size);
+  for (int i = 0; i < simd.size; ++i)
+    if (base + i != current) g->lanes[base + i].wait = kReady;
+}
+
+void simdgroup_barrier(bool orders_threadgroup) {
+  rendezvous("simdgroup_barrier", nullptr, [orders_threadgroup](void**, int) {
+    if (orders_threadgroup) ++own_simd().epoch;
+  });
+}
+
+// ---------------------------------------------------------------- threadgroup memory
+// All threads of a threadgroup get the same storage for one declaration, poisoned with NaN.
+size_t threadgroup_array(int line, size_t bytes) {
+  Group* g = group();
+  for (auto& array : g->arrays)
+    if (array.line == line) return array.offset;
+  size_t offset = (g->arena_used + 15) / 16 * 16;
+  if (offset + bytes > kThreadgroupLimit)
+    fail("threadgroup memory: " + std::to_string(offset + bytes) + " of " +
+         std::to_string(kThreadgroupLimit) + " bytes");
+  g->arena_used = offset + bytes;
+  g->count.threadgroup_memory = std::max<uint64_t>(g->count.threadgroup_memory, g->arena_used);
+  std::memset(g->arena + offset, 0xFF, bytes);
+  for (size_t i = offset / kUnit; i < (offset + bytes + 1) / kUnit; ++i) g->shadow[i] = Shadow();
+  g->arrays.push_back({line, offset, bytes});
+  return offset;
+}
+
+namespace {
+
+// Two accesses of which one writes must have a barrier between them, unless one thread did both.
+bool ordered(int other, uint32_t epoch, uint32_t simd_epoch) {
+  Group* g = group();
+  if (other < 0 || other == g->current || epoch != g->epoch) return true;
+  return other / kSimd == g->current / kSimd && simd_epoch != own_simd().epoch;
+}
+
+}  // namespace
+
+void touch_threadgroup(size_t offset, size_t bytes, bool writes) {
+  Group* g = group();
+  uint32_t simd_epoch = own_simd().epoch;
+  g->count.threadgroup_bytes += bytes;
+  for (size_t i = offset / kUnit; i < (offset + bytes + kUnit - 1) / kUnit; ++i) {
+    Shadow& s = g->shadow[i];
+    if (!ordered(s.writer, s.write_epoch, s.write_simd_epoch))
+      fail(std::string("race in threadgroup memory: ") + (writes ? "write" : "read") +
+           " without a barrier after thread " + std::to_string(s.writer) + " wrote");
+    if (writes) {
+      bool others = s.many_readers && s.read_epoch == g->epoch;
+      if (others || !ordered(s.reader, s.read_epoch, s.read_simd_epoch))
+        fail("race in threadgroup memory: write without a barrier after thread " +
+             std::to_string(s.reader) + " read");
+      s.writer = (int16_t)g->current;
+      s.write_epoch = g->epoch;
+      s.write_simd_epoch = simd_epoch;
+    } else {
+      bool same = s.read_epoch == g->epoch && s.reader >= 0;
+      // Readers of several SIMD groups are remembered as "many": only a threadgroup barrier
+      // orders a later write after all of them.
+      if (!same)
+        s.many_readers = false;
+      else if (s.reader / kSimd != g->current / kSimd)
+        s.many_readers = true;
+      s.reader = (int16_t)g->current;
+      s.read_epoch = g->epoch;
+      s.read_simd_epoch = simd_epoch;
+    }
+  }
+}
+
+void touch_device(int buffer, size_t offset, size_t bytes, bool writes) {
+  Group* g = group();
+  (writes ? g->count.device_written : g->count.device_read) += bytes;
+  if (!g->launch->trace) return;
+  Buffer& b = g->launch->buffers[buffer];
+  uint32_t me = g->index + 1;
+  for (size_t i = offset / kUnit; i < (offset + bytes + kUnit - 1) / kUnit; ++i) {
+    uint32_t writer = b.writer[i], reader = b.reader[i];
+    if ((writer && writer != me) || (writes && reader && reader != me))
+      fail("race in device memory: threadgroups " + std::to_string(writer ? writer - 1 : reader - 1) +
+           " and " + std::to_string(g->index) + " touch byte " + std::to_string(i * kUnit) +
+           " of buffer " + std::to_string(buffer) + " in one launch, and one of them writes");
+    if (writes) {
+      if (!writer) g->count.device_written_distinct += kUnit;
+      b.writer[i] = me;
+    } else {
+      if (!reader) g->count.device_read_distinct += kUnit;
+      // With two readers no threadgroup may write any more: one that cannot be equal stands
+      // for both.
+      b.reader[i] = reader && reader != me ? 0xFFFFFFFFu : me;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- running one threadgroup
+namespace {
+
+void lane_entry() {
+  Group* g = group();
+  Arguments mine = g->arguments;
+  mine.thread = self().id;
+  g->body(mine);
+  self().wait = kDone;
+  ++g->done;
+  for (;;) to_main();
+}
+
+void start(Group& g, uvec3 block, uint32_t index) {
+  int n = block.x * block.y * block.z;
+  group() = &g;
+  g.size = n;
+  g.done = g.at_barrier = 0;
+  g.error.clear();
+  g.dead = false;
+  g.epoch = 1;
+  g.index = index;
+  g.arrays.clear();
+  g.arena_used = 0;
+  if (!g.arena) {
+    g.arena = (char*)aligned_alloc(64, kThreadgroupLimit);
+    g.shadow.resize(kThreadgroupLimit / kUnit + 1);
+  }
+  if ((int)g.lanes.size() < n) g.lanes.resize(n);
+  g.simds.assign((n + kSimd - 1) / kSimd, SimdGroup());
+  for (int i = 0; i < n; ++i) {
+    Lane& lane = g.lanes[i];
+    if (!lane.stack)
+      lane.stack = (char*)mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    context_make(lane.context, lane.stack, lane_entry);
+    lane.wait = kReady;
+    lane.op = "";
+    lane.line = 0;
+    lane.id = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    ++g.simds[i / kSimd].size;
+  }
+}
+
+std::string stuck(const Group& g) {
+  int barrier = 0, simd = 0;
+  const char* op = "";
+  for (int i = 0; i < g.size; ++i) {
+    barrier += g.lanes[i].wait == kBarrier;
+    if (g.lanes[i].wait == kRendezvous) ++simd, op = g.lanes[i].op;
+  }
+  return "divergence: " + std::to_string(g.done) + " threads returned, " +
+         std::to_string(barrier) + " wait at threadgroup_barrier, " + std::to_string(simd) +
+         " in SIMD-group operation " + op;
+}
+
+// Run one threadgroup to its end. Returns what was wrong, or "".
+std::string run_group(Group& g, uvec3 block, uint32_t index) {
+  start(g, block, index);
+  int n = g.size;
+  std::vector<int> order(n);
+  for (int i = 0; i < n; ++i) order[i] = g.launch->order == 1 ? n - 1 - i : i;
+  std::mt19937 random(g.launch->seed * 7919u + index);
+  while (g.done < n) {
+    if (g.launch->order == 2) std::shuffle(order.begin(), order.end(), random);
+    bool progress = false;
+    for (int i : order) {
+      if (g.lanes[i].wait != kReady) continue;
+      progress = true;
+      g.current = i;
+      context_switch(g.main, g.lanes[i].context);
+      if (g.dead) return g.error;
+    }
+    if (g.at_barrier == n) {
+      for (int i = 1; i < n; ++i)
+        if (g.lanes[i].line != g.lanes[0].line)
+          return "divergence: threads wait at the barriers of MSL lines " +
+                 std::to_string(g.lanes[0].line) + " and " + std::to_string(g.lanes[i].line);
+      g.at_barrier = 0;
+      g.epoch += g.orders_threadgroup;
+      ++g.count.barriers;
+      for (int i = 0; i < n; ++i) g.lanes[i].wait = kReady;
+    } else if (!progress && g.done < n) {
+      return stuck(g);
+    }
+  }
+  ++g.count.threadgroups;
+  return "";
+}
+
+void add(Counters& a, const Counters& b) {
+  a.device_read += b.device_read;
+  a.device_written += b.device_written;
+  a.device_read_distinct += b.device_read_distinct;
+  a.device_written_distinct += b.device_written_distinct;
+  a.threadgroup_bytes += b.threadgroup_bytes;
+  a.barriers += b.barriers;
+  a.threadgroups += b.threadgroups;
+  a.mma += b.mma;
+  a.threadgroup_memory = std::max(a.threadgroup_memory, b.threadgroup_memory);
+}
+
+}  // namespace
+
+int launch(Body body, const Request& r) {
+  Launch l;
+  l.order = r.config[0];
+  l.seed = (unsigned)r.config[1];
+  l.trace = r.config[3] != 0;
+  for (uint64_t i = 0; i < r.count; ++i) {
+    Buffer b;
+    b.data = (char*)r.data[i];
+    b.size = r.sizes[i];
+    // Several arguments may be one buffer: the number of the first stands for all.
+    while (b.number < (int)i && l.buffers[b.number].data != b.data) ++b.number;
+    if (l.trace) b.writer.resize(b.size / kUnit + 1), b.reader.resize(b.size / kUnit + 1);
+    l.buffers.push_back(std::move(b));
+  }
+  size_t n = (size_t)r.grid[0] * r.grid[1] * r.grid[2];
+  std::atomic<size_t> next{0};
+  std::mutex lock;
+  std::string bad;
+  auto work = [&] {
+    Group g;
+    g.launch = &l;
+    g.body = body;
+    Arguments& a = g.arguments;
+    a = {&l.buffers, r.scalars, {0, 0, 0}, {0, 0, 0}};
+    for (size_t k; (k = next++) < n;) {
+      size_t i = l.order == 1 ? n - 1 - k : k;
+      a.group = {(unsigned)(i % r.grid[0]), (unsigned)(i / r.grid[0] % r.grid[1]), (unsigned)(i / r.grid[0] / r.grid[1])};
+      std::string e = run_group(g, {r.block[0], r.block[1], r.block[2]}, (uint32_t)i);
+      if (!e.empty()) {
+        std::lock_guard<std::mutex> hold(lock);
+        if (bad.empty())
+          bad = "threadgroup " + std::to_string(a.group.x) + "," + std::to_string(a.group.y) + "," + std::to_string(a.group.z) + ": " + e;
+        next = n;
+      }
+    }
+    std::lock_guard<std::mutex> hold(lock);
+    add(l.total, g.count);
+  };
+  std::vector<std::thread> threads;
+  for (int t = 1; t < (l.trace ? 1 : r.config[2]); ++t) threads.emplace_back(work);
+  work();
+  for (auto& t : threads) t.join();
+  add(*r.counters, l.total);
+  if (bad.empty()) return 0;
+  std::strncpy(r.error, bad.c_str(), r.error_size - 1);
+  r.error[r.error_size - 1] = 0;
+  return 1;
+}
+
+}  // namespace msl

@@ -1,0 +1,3 @@
+// See io.h.
+#pragma once
+#include <tvm/support/io.h>
