@@ -1,14 +1,16 @@
-"""Blocks without a checkpoint: random parameters for any spec, many specs in one artifact.
+"""Blocks without a checkpoint: random parameters for any spec, many specs in a few artifacts.
 
-Codegen is the slow part of these tests, so a module builds all its blocks into one library.
+Codegen is the slow part of these tests: a module builds all its blocks at once, on all cores.
 What compiles, packs, writes and loads them is the real thing; only the reading of files and
 the families are left out.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 import moec
+from moec import host
 from moec import target as targets
 from moec.artifact import ArtifactWriter
 from moec.checkpoint import Checkpoint
@@ -121,17 +124,39 @@ def build(blocks: Sequence[Small], out: Path, target: str = "cpu") -> list[Small
 
 @dataclass(frozen=True)
 class Built:
-    """Blocks as they were asked for, and the artifact that holds them."""
+    """Blocks as they were asked for, and the artifacts that hold them.
+
+    Block n is layer n // len(paths) of artifact n % len(paths).
+    """
 
     blocks: list[Small]
-    path: Path
-    loaded: moec.Model
+    paths: tuple[Path, ...]
+    models: list[moec.Model]
+    loaded: list[moec.Block]
+
+    def load(self, **options: Any) -> list[moec.Block]:
+        """The blocks, loaded once more with other options."""
+        return _blocks([moec.load(path, **options) for path in self.paths], len(self.blocks))
 
 
-def built(blocks: Sequence[Small], out: Path, target: str = "cpu", **load: Any) -> Built:
-    """Build the blocks and load what was built."""
-    whole = build(blocks, out, target)
-    return Built(whole, out, moec.load(out, **load))
+def _blocks(models: Sequence[moec.Model], count: int) -> list[moec.Block]:
+    return [models[n % len(models)][n // len(models)] for n in range(count)]
+
+
+def built(blocks: Sequence[Small], folder: Path, target: str = "cpu", *, parts: int = 1) -> Built:
+    """Build the blocks and load what was built; several `parts` are built side by side."""
+    paths = tuple(folder / f"{target.replace(':', '-')}-{n}.moec" for n in range(parts))
+    jobs = [(blocks[n::parts], path, target) for n, path in enumerate(paths)]
+    if parts == 1:
+        made = [build(*job) for job in jobs]
+    else:
+        # Fresh processes: a forked one would share TVM's threads.
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(parts, host.cores()), mp_context=spawn) as pool:
+            made = list(pool.map(build, *zip(*jobs, strict=True)))
+    whole = [made[n % parts][n // parts] for n in range(len(blocks))]
+    models = [moec.load(path) for path in paths]
+    return Built(whole, paths, models, _blocks(models, len(whole)))
 
 
 def inputs(spec: MoESpec, tokens: int, seed: int = 0) -> tuple[Array, Array, Array]:

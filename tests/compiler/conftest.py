@@ -1,4 +1,4 @@
-"""The library with all blocks of `cases`, built once a session."""
+"""The libraries with all blocks of `cases`, built once a session."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from tests.compiler.cases import CASES
 
 @pytest.fixture(scope="session")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return built(list(CASES.values()), tmp_path_factory.mktemp("kernels") / "cpu.moec")
+    return built(list(CASES.values()), tmp_path_factory.mktemp("kernels"), parts=4)
