@@ -48,9 +48,11 @@ SILU = ActivationSpec()
 def block(
     dtype: str, e: int, k: int, h: int, i: int, act: ActivationSpec = SILU, **more: Any
 ) -> MoESpec:
-    """A block; `more` are `router`, `shared`, `norms`, `weight_dtypes` or fields of the experts."""
-    router = RouterSpec(e, k, logits_dtype=Precision.FLOAT32, **more.pop("router", {}))
-    outer = {n: more.pop(n) for n in ("shared", "norms", "weight_dtypes") if n in more}
+    """A block; `more` are `router`, fields of the block itself, or fields of its experts."""
+    rows = e + more.get("zero_experts", 0)
+    router = RouterSpec(rows, k, logits_dtype=Precision.FLOAT32, **more.pop("router", {}))
+    names = ("shared", "norms", "weight_dtypes", "output_bias")
+    outer = {n: more.pop(n) for n in names if n in more}
     return MoESpec(dtype, router, ExpertsSpec(e, k, h, i, activation=act, **more), **outer)
 
 
@@ -69,6 +71,7 @@ NORMS = BlockNorms(
     residual=True,
 )
 SHARED = SharedExpertSpec(21, act("gelu_tanh"), SharedGate.SIGMOID)
+MIXED = SharedExpertSpec(12, act("relu2"), SharedGate.SOFTMAX, gated=False, scale=0.5)
 BIASES = {"gate_up_bias": True, "down_bias": True}
 
 FUSED, GATHER, LOOP = (("fused",), ("gather",), ("loop",))
@@ -111,6 +114,16 @@ CASES: dict[str, Small] = {
             "score": Score.SIGMOID, "renorm": Renorm.SUM, "scale": 2.5, "logit_bias": True,
             "scale_on": ScaleOn.ROUTED_SUM,
         }), GATHER,
+    ),
+    "latent, normed experts": Small(
+        block("float32", 5, 2, 40, 11, latent_size=13, down_bias=True, norms=BlockNorms(
+            latent_input=NormSpec(), expert_output=NormSpec(offset=1.0),
+        )), (*FUSED, *GATHER),
+    ),
+    "zero experts": Small(
+        block("float32", 5, 3, 18, 10, zero_experts=4, shared=MIXED, output_bias=True, router={
+            "scale": 1.5, "scale_on": ScaleOn.ROUTED_SUM,
+        }), LOOP,
     ),
     "mixed dtypes": Small(
         block("bfloat16", 4, 2, 21, 10, shared=SHARED, weight_dtypes=(

@@ -37,7 +37,7 @@ def check(small: Small, block: moec.Block, tokens: int, schedule: str, outside: 
     x, ids, weights = inputs(spec, tokens, tokens)
     if outside:
         ids[::2, -1] = -1
-        ids[1::3, 0] = spec.experts.num_experts
+        ids[1::3, 0] = spec.experts.num_experts  # a zero expert, where there are any
     y = block.experts(x, ids, weights, schedule=schedule)
     want = reference.experts(spec, parameters, x, ids, weights)
     assert y.dtype == x.dtype and y.shape == x.shape

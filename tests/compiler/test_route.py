@@ -53,6 +53,7 @@ RENORMS = {
     "norm3": {"renorm": Renorm.P_NORM, "renorm_p": 3.0},
 }
 MIXER = {"selection": Selection.SPARSEMIXER, "weight_source": WeightSource.SPARSEMIXER}
+TABLE = {"selection": Selection.TOKEN_TABLE, "score": Score.SQRT_SOFTPLUS}
 F32 = Precision.FLOAT32
 
 
@@ -106,6 +107,11 @@ def _others() -> Iterator[tuple[str, str, RouterSpec]]:
     yield "per expert", "float32", _router(9, 3, per_expert_scale=True, **RENORMS["sum"])
     yield "cap", "float32", _router(9, 3, logit_cap=1.5)
     yield "logit scale", "float32", _router(9, 3, logit_scale=0.3, logit_cap=30.0)
+    yield "global scale", "float32", _router(9, 3, global_scale=True, **RENORMS["sum"])
+    yield "always 2", "float32", _router(13, 5, always=2, selection_bias=True, **RENORMS["sum"])
+    group = GroupSpec(4, 2, GroupScore.MAX)
+    yield "always 1, groups", "float32", _router(13, 4, always=1, groups=group)
+    yield "token table", "float32", _router(9, 3, vocab_size=11, **TABLE, **RENORMS["sum"])
     for eps in (0.01, 0.2):
         yield f"sparsemixer {eps}", "float32", _router(8, 2, sparsemixer_eps=eps, **MIXER)
     yield "sparsemixer of 2", "float32", _router(2, 2, sparsemixer_eps=0.1, **MIXER)
@@ -134,7 +140,9 @@ class Routers:
         functions = {kernel.symbol: kernel.func for kernel in self.kernels.values()}
         self._module = compile_module(functions, one)
 
-    def __call__(self, name: str, logits: Array, threads: int = 2) -> tuple[Array, Array]:
+    def __call__(
+        self, name: str, logits: Array, threads: int = 2, token_ids: Array | None = None
+    ) -> tuple[Array, Array]:
         """(topk_ids, topk_weights) of logits [T, E]; the padding of the buffers is garbage."""
         kernel, tokens = self.kernels[name], len(logits)
         arrays = {}
@@ -143,6 +151,8 @@ class Routers:
             arrays[buf.name] = aligned(shape, buf.dtype)
             arrays[buf.name][...] = 77  # what a workspace may hold
         arrays["logits"][:, : logits.shape[1]] = logits
+        if "token_ids" in arrays:
+            arrays["token_ids"][...] = words(name, tokens) if token_ids is None else token_ids
         for vector, values in vectors(name).items():
             arrays[vector][...] = values
         tensors = [tvm_ffi.from_dlpack(arrays[buf.name]) for buf in kernel.args]
@@ -150,14 +160,25 @@ class Routers:
         return arrays["topk_ids"], arrays["topk_weights"]
 
 
+def words(name: str, tokens: int) -> Array:
+    """The ids of the input tokens."""
+    return np.random.default_rng(3).integers(0, CASES[name][1].vocab_size, tokens).astype("i4")
+
+
 def vectors(name: str) -> dict[str, Array]:
-    """The selection bias and the per-expert scale of a router; coarse, and of both signs."""
+    """The stored operands of a router; biases are coarse, and of both signs."""
     _, spec = CASES[name]
     random = np.random.default_rng(len(name))
     out = {}
     if spec.selection_bias:
         low, high = (-3.0, -0.5) if name == "masked above kept" else (-0.5, 0.5)
-        out["selection_bias"] = random.uniform(low, high, spec.num_experts).astype("f4")
+        out["selection_bias"] = random.uniform(low, high, spec.selectable).astype("f4")
+    if spec.global_scale:
+        out["global_scale"] = np.array([1.75], np.float32)
+    if spec.selection is Selection.TOKEN_TABLE:
+        shape = (spec.vocab_size, spec.num_experts)
+        every = random.permuted(np.tile(np.arange(shape[1]), (shape[0], 1)), axis=1)
+        out["token_table"] = every[:, : spec.top_k].astype(np.int32)
     if spec.per_expert_scale:
         out["per_expert_scale"] = random.uniform(0.5, 2.0, spec.num_experts).astype("f4")
     return out
@@ -168,7 +189,8 @@ def expected(name: str, logits: Array) -> tuple[Array, Array]:
     dtype, router = CASES[name]
     e = router.num_experts
     spec = MoESpec(dtype, router, ExpertsSpec(e, router.top_k, e, 1))
-    return reference.route(spec, {"router": np.eye(e), **vectors(name)}, logits)
+    ids = words(name, len(logits)) if router.selection is Selection.TOKEN_TABLE else None
+    return reference.route(spec, {"router": np.eye(e), **vectors(name)}, logits, ids)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +227,8 @@ def test_equal_values_choose_the_lowest_id(routers: Routers, name: str) -> None:
     logits[0], logits[1] = 0.0, -1.0
     agree(routers, name, logits)
     spec = CASES[name][1]
-    if not spec.selection_bias and spec.groups is None:
+    free = spec.selection is not Selection.TOKEN_TABLE and not spec.always
+    if free and not spec.selection_bias and spec.groups is None:
         ids, _ = routers(name, logits[:1])
         np.testing.assert_array_equal(ids[0], np.arange(spec.top_k))
 
@@ -221,10 +244,9 @@ def test_ids_stay_in_range_whatever_the_logits(routers: Routers, name: str) -> N
     rows += [random.choice(EXTREMES, spec.num_experts) for _ in range(60)]
     ids, _ = routers(name, np.array(rows, np.float32))
     assert ids.min() >= 0 and ids.max() < spec.num_experts
-    # Without NaN the ids of a token are distinct, even among experts masked with -inf.
-    masked = np.full((9, spec.num_experts), -np.inf, np.float32)
-    for t in range(min(8, spec.num_experts)):
-        masked[t, random.integers(spec.num_experts)] = t
+    # Where one expert is left the ids of a token are distinct, among experts at -inf as well.
+    masked = np.full((8, spec.num_experts), -np.inf, np.float32)
+    masked[np.arange(8), random.integers(spec.num_experts, size=8)] = np.arange(8)
     ids, _ = routers(name, masked)
     if spec.groups is None and spec.selection is Selection.TOP_K:
         assert all(len(set(row)) == spec.top_k for row in ids.tolist())
@@ -239,11 +261,23 @@ def test_a_token_depends_on_itself_alone(routers: Routers, name: str) -> None:
         again = routers(name, logits, threads)
         np.testing.assert_array_equal(again[0], ids)
         np.testing.assert_array_equal(again[1].view("u4"), weights.view("u4"))
+    if CASES[name][1].selection is Selection.TOKEN_TABLE:
+        return  # its ids do not move with the logits
     back = routers(name, logits[::-1].copy())
     np.testing.assert_array_equal(back[0], ids[::-1])
     np.testing.assert_array_equal(back[1].view("u4"), weights[::-1].view("u4"))
     one = routers(name, logits[11:12].copy())
     np.testing.assert_array_equal(one[1].view("u4"), weights[11:12].view("u4"))
+
+
+def test_token_ids_outside_the_table(routers: Routers) -> None:
+    """Ids of -1, which contribute nothing, and no read outside of the table."""
+    _, spec = CASES["token table"]
+    token_ids = np.array([-1, 11, 1 << 30, -(1 << 31), 10], np.int32)
+    logits = spread(spec.num_experts, len(token_ids), 0)
+    ids, weights = routers("token table", logits, token_ids=token_ids)
+    assert (ids[:-1] == -1).all() and np.isfinite(weights).all()
+    np.testing.assert_array_equal(ids[-1], vectors("token table")["token_table"][10])
 
 
 @pytest.mark.parametrize("name", ["softmax none", "softmax_selected", "sigmoid none"])
@@ -272,7 +306,7 @@ def test_every_value_of_every_field_is_here() -> None:
         ("scale_on", ScaleOn),
     ):  # fmt: skip
         assert {getattr(spec, field) for spec in specs} == set(kind), field
-    for flag in ("selection_bias", "per_expert_scale", "groups", "logit_cap"):
+    for flag in ("selection_bias", "per_expert_scale", "global_scale", "always", "groups"):
         assert {bool(getattr(spec, flag)) for spec in specs} == {True, False}, flag
     groups = [spec.groups for spec in specs if spec.groups]
     assert {g.score for g in groups} == set(GroupScore)

@@ -41,7 +41,7 @@ def activate(em: Emit, spec: ActivationSpec, gate: Any, up: Any | None) -> Any:
     if up is None:
         return value
     if spec.clamp is not Clamp.NONE:
-        up = em.at_most(em.bind(em.at_least(em.bind(up), -spec.limit)), spec.limit)
+        up = em.at_most(em.at_least(up, -spec.limit), spec.limit)
     if spec.up_cap is not None:
         up = em.soft_cap(up, spec.up_cap)
     if spec.up_offset:

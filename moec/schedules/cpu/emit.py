@@ -138,14 +138,13 @@ class Emit:
         return self.intrinsic("llvm.fma", self.f32v, a, b, c)
 
     def at_most(self, x: Any, limit: float) -> Any:
-        """min(x, limit) of a bound vector; NaN stays NaN (tirx.Min loses it)."""
-        top = self.splat(limit)
-        return tirx.Select(x > top, top, x)
+        """min(x, limit); NaN stays NaN."""
+        # The order matters: min(a, b) becomes a < b ? a : b, which is b where either is NaN.
+        return tirx.Min(self.splat(limit), x)
 
     def at_least(self, x: Any, limit: float) -> Any:
-        """max(x, limit) of a bound vector; NaN stays NaN."""
-        bottom = self.splat(limit)
-        return tirx.Select(x < bottom, bottom, x)
+        """max(x, limit); NaN stays NaN."""
+        return tirx.Max(self.splat(limit), x)
 
     def dot_bf16(self, acc: Any, words: Any, word: Any) -> Any:
         """acc + w0 * a0 + w1 * a1 for a pair of bfloat16 in each 32-bit lane (AVX512-BF16)."""
@@ -175,15 +174,17 @@ class Emit:
         return vector
 
     def exp(self, x: Any) -> Any:
-        """e^x, relative error below 3e-7 (LLVM would call libm once a lane)."""
-        x = self.bind(tirx.Min(tirx.Max(x, self.splat(_EXP_LOW)), self.splat(_EXP_HIGH)))
+        """e^x, relative error below 3e-7 (LLVM would call libm once a lane); NaN stays NaN."""
+        x = self.bind(self.at_least(self.at_most(x, _EXP_HIGH), _EXP_LOW))
         n = self.bind(self.intrinsic("llvm.rint", self.f32v, x * self.splat(_LOG2E)))
         r = self.bind(self.fma(n, self.splat(-_LN2_HI), x))
         r = self.bind(self.fma(n, self.splat(-_LN2_LO), r))
         p = self.splat(_EXP_POLY[0])
         for c in _EXP_POLY[1:]:
             p = self.bind(self.fma(p, r, self.splat(c)))
-        bits = tirx.Cast(self.i32v, n) + self.isplat(127)
+        # Only here NaN must become a number: converting it to an integer is undefined.
+        whole = tirx.Cast(self.i32v, self.bind(tirx.Min(n, self.splat(128.0))))
+        bits = whole + self.isplat(127)
         scale = T.reinterpret(self.f32v, tirx.LShift(bits, self.isplat(23)))
         return self.bind(p * scale)
 
