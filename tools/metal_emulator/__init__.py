@@ -10,7 +10,7 @@ Three tools, described in README.md:
 
 from __future__ import annotations
 
-from .device import Counters, install, launches, options
+from .device import Counters, announce, install, launches, options
 from .lint import LintError, lint
 from .msl import ORDERS, MSLError, Order, run
 
@@ -20,6 +20,7 @@ __all__ = [
     "LintError",
     "MSLError",
     "Order",
+    "announce",
     "install",
     "launches",
     "lint",

@@ -46,8 +46,8 @@ msl_switch:
 )");
 typedef void* Context;
 void context_switch(Context& from, Context& to) { msl_switch(&from, to); }
-void context_make(Context& made, char* stack, void (*entry)()) {
-  void** top = (void**)(stack + kStack - 64);
+void context_make(Context& made, char* stack, size_t size, void (*entry)()) {
+  void** top = (void**)(stack + size - 64);
   *--top = nullptr;  // the return address of entry, which never returns
   *--top = (void*)entry;
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -56,10 +56,10 @@ void context_make(Context& made, char* stack, void (*entry)()) {
 #else
 typedef ucontext_t Context;
 void context_switch(Context& from, Context& to) { swapcontext(&from, &to); }
-void context_make(Context& made, char* stack, void (*entry)()) {
+void context_make(Context& made, char* stack, size_t size, void (*entry)()) {
   getcontext(&made);
   made.uc_stack.ss_sp = stack;
-  made.uc_stack.ss_size = kStack;
+  made.uc_stack.ss_size = size;
   made.uc_link = nullptr;
   makecontext(&made, entry, 0);
 }
@@ -314,7 +314,8 @@ void start(Group& g, uvec3 block, uint32_t index) {
     if (!lane.stack)
       lane.stack = (char*)mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    context_make(lane.context, lane.stack, lane_entry);
+    // Equal offsets in all stacks would fall on the same few lines of every cache.
+    context_make(lane.context, lane.stack, kStack - i % 64 * 320, lane_entry);
     lane.wait = kReady;
     lane.op = "";
     lane.line = 0;
@@ -341,7 +342,8 @@ std::string run_group(Group& g, uvec3 block, uint32_t index) {
   int n = g.size;
   std::vector<int> order(n);
   for (int i = 0; i < n; ++i) order[i] = g.launch->order == 1 ? n - 1 - i : i;
-  std::mt19937 random(g.launch->seed * 7919u + index);
+  static thread_local std::mt19937 random;  // making one costs more than a short threadgroup
+  if (g.launch->order == 2) random.seed(g.launch->seed * 7919u + index);
   while (g.done < n) {
     if (g.launch->order == 2) std::shuffle(order.begin(), order.end(), random);
     bool progress = false;

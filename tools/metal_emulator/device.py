@@ -50,7 +50,7 @@ def install() -> None:
     ctypes.CDLL(str(_package("tvm_ffi") / "lib" / "libtvm_ffi.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(folder / "lib" / "libtvm_runtime.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(_built()), mode=ctypes.RTLD_GLOBAL)
-    tvm_ffi.register_global_func("metal_emulator.announce", _announce, override=True)
+    tvm_ffi.register_global_func("metal_emulator.announce", announce, override=True)
     tvm_ffi.register_global_func("metal_emulator.compile", _compile, override=True)
 
 
@@ -59,13 +59,14 @@ _compiling: dict[str, Future[Path]] = {}
 _pool = ThreadPoolExecutor(os.cpu_count())
 
 
-def _announce(source: str) -> None:
+def announce(source: str) -> None:
+    """Begin to compile the text of a kernel, beside others, before it is launched."""
     if str(source) not in _compiling:
         _compiling[str(source)] = _pool.submit(msl.compile_msl, str(source))
 
 
 def _compile(source: str) -> str:
-    _announce(source)
+    announce(source)
     return str(_compiling[str(source)].result())
 
 

@@ -32,6 +32,7 @@ class LintError(RuntimeError):
     """The text is not MSL 2.3."""
 
 
+@cache
 def lint(source: str) -> None:
     """Raise LintError with the first errors unless `source` is accepted."""
     plain = _COMMENT.sub("", source)
