@@ -20,7 +20,7 @@ MACHINE = Host("linux", "x86_64", "Test", frozenset({"avx2", "fma"}), 4, 100, 50
         ({"os": "macos"}, "needs os macos, this machine is linux"),
         ({"arch": "aarch64"}, "needs arch aarch64, this machine is x86_64"),
         ({"features": ["fma", "zzz", "avx9"]}, "this CPU (Test) lacks avx9, zzz"),
-        ({"gpu": "H200"}, "requirement 'gpu' is not known to this version of moec"),
+        ({"npu": "X1"}, "requirement 'npu' is not known to this version of moec"),
     ],
 )
 def test_missing(requires: dict[str, object], reason: str | None) -> None:

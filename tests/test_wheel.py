@@ -43,7 +43,7 @@ def test_contents(wheel: Path) -> None:
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "moec").rglob("*")
-        if path.suffix in (".py", ".toml", ".typed")
+        if path.suffix in (".py", ".toml", ".typed", ".metal")
     }
     assert held == wanted
     assert {"moec/py.typed", "moec/frontend/families/_common.toml"} <= held
