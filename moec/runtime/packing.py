@@ -20,7 +20,6 @@ from .pool import use_workers
 from .tensors import address
 
 Array = np.ndarray[Any, np.dtype[Any]]
-ALIGNMENT = 64
 
 
 class Packer:
@@ -56,15 +55,6 @@ class Packer:
         ]
         function = self._library.function(packed.symbol)
         abi.Frame(runtime(), function, tensors, [self._workers], (shapes, raw, out)).call()
-
-
-def aligned(shape: tuple[int, ...], dtype: str) -> Array:
-    """An uninitialised 64-byte aligned array."""
-    kind = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -address(raw) % ALIGNMENT
-    return raw[start : start + size].view(kind).reshape(shape)
 
 
 def _mismatch(packed: Packed, raw: Array, out: Array) -> ArtifactError:

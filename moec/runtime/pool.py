@@ -4,6 +4,10 @@ TVM keeps one pool per calling thread. Left alone it takes half of the cores and
 caller to them; here it gets all cores that the process may use, of which a call uses what
 it asks for, and the caller keeps its affinity. Work is split into `num_threads` chunks
 whatever the size of the pool, so the pool changes no result.
+
+An idle worker yields _SPINS times before it sleeps, and cannot be ended sooner. TVM's own
+300 000 yields take 0.1 s where nothing else runs, but minutes on a machine with other work,
+which a yield lets run: so long would a process take to exit.
 """
 
 from __future__ import annotations
@@ -13,21 +17,28 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
 from .. import host
+from ..artifact import ALIGNMENT
 from ..errors import ResourceError
 from .libraries import backend, runtime
 from .tensors import address
 
-_ALIGNMENT = 64
 # Affinity mode of TVM's pool: workers may run on every core of the list.
 _SHARE_ALL_CORES = -3
 # C++ functions of the pinned runtime that are not registered under a name.
 _RESET = "_ZN3tvm7runtime9threading15ResetThreadPoolEv"
 _SET_MAX = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
+_SPIN_COUNT = "TVM_THREAD_POOL_SPIN_COUNT"
+_SPINS = "200"  # about 0.1 ms: longer than the serial parts between the loops of a call
+_LAMBDA = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+# Where the pinned runtime counts unfinished tasks, from the address that a task gets: after
+# struct {void* sync; int32_t num_task} and a bool.
+_PENDING = 20
 
 
 class _ThreadState(threading.local):
@@ -35,6 +46,7 @@ class _ThreadState(threading.local):
     cores = 0  # threads that the pool has, 0 before it exists
     pool = 0  # threads that the pool is configured to use
     serial = False  # a forked child whose workers could not be renewed
+    held: _Held | None = None  # workers that wait for a fork to be over
     space = np.empty(0, np.uint8)
     address = 0
     size = 0
@@ -50,13 +62,13 @@ def workspace(size: int) -> int:
         # A call with T a little larger than the last must not allocate each time.
         wanted = max(size, min(2 * state.size, size + (64 << 20)))
         try:
-            state.space = np.empty(wanted + _ALIGNMENT, np.uint8)
+            state.space = np.empty(wanted + ALIGNMENT, np.uint8)
         except MemoryError:
             raise ResourceError(
                 f"a call needs {size / 1e9:.2f} GB of workspace, which cannot be allocated",
                 hint="pass fewer tokens at once",
             ) from None
-        state.address = -(-address(state.space) // _ALIGNMENT) * _ALIGNMENT
+        state.address = -(-address(state.space) // ALIGNMENT) * ALIGNMENT
         state.size = wanted
     return state.address
 
@@ -80,7 +92,7 @@ def _switch(count: int) -> None:
         return
     if not state.cores:
         cores = max(count, host.cores())
-        with _affinity_kept() as cpus:
+        with _affinity_kept() as cpus, _few_spins():
             _configure(cores, cpus, cores)
             # TVM's launcher makes room for n + 1 tasks when it has counters for n. After a
             # launch of the whole pool, no later one can be larger than its counters.
@@ -121,32 +133,92 @@ def _launch_all() -> None:
     backend().TVMBackendParallelLaunch(ctypes.CDLL(None).sched_yield, None, 0)
 
 
-def _before_fork() -> None:
-    """Wake the workers of this thread: one that sleeps could not be cleared in the child."""
-    if _renewable and _state.cores and not _state.serial:
-        with _affinity_kept() as cpus:
-            _configure(_state.cores, cpus, _state.cores)
-        _state.pool = _state.cores
-        _launch_all()
-
-
-def _after_fork() -> None:
-    """The child's workers are gone: make new ones, or let its one thread work alone.
-
-    Without this, a child would wait for them for ever, at its first call or when it exits.
-    """
-    if not _state.cores:
+@contextlib.contextmanager
+def _few_spins() -> Iterator[None]:
+    """The first worker of the process reads the count once; a user's own value stays."""
+    if _SPIN_COUNT in os.environ:
+        yield
         return
-    if _renewable:
+    os.environ[_SPIN_COUNT] = _SPINS
+    try:
+        yield
+    finally:
+        del os.environ[_SPIN_COUNT]
+
+
+class _Held:
+    """Workers kept within a task, so that none of them sleeps while the process forks.
+
+    A child can neither end nor destroy a queue whose worker slept when it was copied: it would
+    wait for it for ever, at its first call or when it exits.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._others = workers - 1
+        self._arrived, self._gate = threading.Semaphore(0), threading.Event()
+        self._pending: ctypes.c_int | None = None
+        self._task = _LAMBDA(self._run)
+        backend().TVMBackendParallelLaunch(self._task, None, 0)
+
+    def __bool__(self) -> bool:
+        return self._pending is not None
+
+    def _run(self, number: int, env: int, _: int) -> int:
+        if number:
+            self._arrived.release()
+            self._gate.wait()
+            return 0
+        for _ in range(self._others):
+            self._arrived.acquire()
+        pending = ctypes.c_int.from_address(env + _PENDING)
+        if pending.value == self._others + 1:
+            # The launch waits for this task alone, and leaves the others where they are.
+            pending.value = 1
+            self._pending = pending
+        else:  # not the memory that it should be
+            self._gate.set()
+        return 0
+
+    def release(self) -> None:
+        """Let the workers go, and wait until the last one has counted itself out."""
+        self._gate.set()
+        while self._pending is not None and self._pending.value > -self._others:
+            time.sleep(0)
+
+
+def _before_fork() -> None:
+    state = _state
+    if sys.platform == "linux" and state.cores > 1 and not state.serial:
+        with _affinity_kept() as cpus:
+            _configure(state.cores, cpus, state.cores)
+        state.pool = state.cores
+        state.held = _Held(state.cores)
+
+
+def _after_fork_in_parent() -> None:
+    if _state.held is not None:
+        _state.held.release()
+        _state.held = None
+
+
+def _after_fork_in_child() -> None:
+    """The child's workers are gone: make new ones, or let its one thread work alone."""
+    state = _state
+    if state.cores <= 1:
+        return
+    if state.held:
         with _affinity_kept() as cpus:
             backend()[_RESET]()
-            _configure(_state.pool, cpus, _state.cores)
-        _state.count = 0
+            _configure(state.pool, cpus, state.cores)
+        state.count = 0
     else:
         backend()[_SET_MAX](1)
-        _state.serial = True
+        state.serial = True
+    state.held = None
 
 
-# Elsewhere, and where workers are told to sleep at once, they may not be cleared.
-_renewable = sys.platform == "linux" and "TVM_THREAD_POOL_SPIN_COUNT" not in os.environ
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)
