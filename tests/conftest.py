@@ -15,12 +15,25 @@ Golden = Callable[[str], None]
 
 SCHEDULES = ("fused", "gather", "loop")
 TESTS = Path(__file__).parent
+# Files that use the same session fixtures.
+SHARED = {
+    "kernels": {f"compiler/test_{n}.py" for n in ("activation", "kernels", "onnxruntime", "route")},
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden anew, to be reviewed"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep on one worker what shares models, artifacts or kernels that are slow to make."""
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix()
+        shared = (group for group, names in SHARED.items() if path in names)
+        item.add_marker(pytest.mark.xdist_group(next(shared, path)))
 
 
 @pytest.fixture
