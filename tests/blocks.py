@@ -155,7 +155,7 @@ def built(blocks: Sequence[Small], folder: Path, target: str = "cpu", *, parts: 
         with ProcessPoolExecutor(min(parts, host.cores()), mp_context=spawn) as pool:
             made = list(pool.map(build, *zip(*jobs, strict=True)))
     whole = [made[n % parts][n // parts] for n in range(len(blocks))]
-    models = [moec.load(path) for path in paths]
+    models = [moec.load(path, threads=1) for path in paths]
     return Built(whole, paths, models, _blocks(models, len(whole)))
 
 

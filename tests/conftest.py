@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Its threads spin at every barrier: on a machine with other work, which the other workers are,
+# tiny models took ten times as long.
+torch.set_num_threads(1)
 
 Saved = Callable[[str, str, str], tuple[Any, Path]]
 Compiled = Callable[[str, str, str], tuple[Any, Any, Any]]
@@ -76,7 +81,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 def compiled(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """(family, variant, dtype) -> (transformers model, its float32 twin, loaded artifact).
 
-    All schedules are in the artifact, which lies at `loaded.path` and is not to be changed.
+    All schedules are in the artifact, which lies at `loaded.path` and is not to be changed. One
+    thread: two that wait for each other take ms where other workers run, and what threads do
+    to a result is tested where it is the question.
     """
     import moec
     from tests import models
@@ -90,7 +97,7 @@ def compiled(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Compiled
             out = tmp_path_factory.mktemp("artifact") / "m.moec"
             moec.compile(path, out=out, schedules=SCHEDULES)
             twin = model if dtype == "float32" else models.widened(model)
-            made[key] = model, twin, moec.load(out)
+            made[key] = model, twin, moec.load(out, threads=1)
         return made[key]
 
     return get

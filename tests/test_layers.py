@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"errors", "spec", "target", "host", "artifact", "checkpoint", "weights"},
 }  # fmt: skip
 # These may import anything, and nothing of the table may import them.
-TOOLS = {"cli", "quickstart", "integrations", "tune"}
+TOOLS = {"cli", "quickstart", "selftest", "integrations", "tune"}
 # The package itself and `python -m moec`.
 ENTRANCES = {"__init__", "__main__"}
 # What the runtime may not import even late. It finds torch and tvm_ffi where the caller has

@@ -47,6 +47,7 @@ def build() -> _Parser:
     _compile(verb("compile", "Compile the MoE layers of a checkpoint into an artifact."))
     _verify(verb("verify", "Check every byte of an artifact; no code of it is loaded."))
     _run(verb("run", "Run one layer of an artifact on tensors in .npy files."))
+    _selftest(verb("selftest", "Check and time every schedule of a target on this machine."))
     verb("targets", "List targets, what this machine can run and why not, and schedules.")
     verb("env", "Versions and hardware, to paste into a report.")
     return parser
@@ -54,6 +55,12 @@ def build() -> _Parser:
 
 def _quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="PATH", help="use this checkpoint, not a made one")
+
+
+def _selftest(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-t", "--target", default="cpu", metavar="NAME", help="cpu (the default) or metal")
+    add("--quick", action="store_true", help="only the small layers, no layer to time")
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,15 +48,19 @@ class Row:
 
 
 def measure_all(
-    checkpoint: str, source: ModelBlock, block: Block, progress: Callable[[str], None]
+    checkpoint: str,
+    source: ModelBlock,
+    block: Block,
+    progress: Callable[[str], None],
+    batches: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Every schedule at every T in TOKENS, decode first."""
+    """Every schedule at every T of `batches` (None: TOKENS), decode first."""
     spec = source.spec
     with Checkpoint.open(checkpoint) as opened:
         parameters = {name: source.plan.tensor(opened, name) for name, _ in source.plan.params}
     random = np.random.default_rng(1)
     rows = []
-    for tokens in TOKENS:
+    for tokens in TOKENS if batches is None else batches:
         xs = [
             random.standard_normal((tokens, spec.experts.hidden_size)).astype(_DTYPES[spec.dtype])
             for _ in range(_INPUTS)

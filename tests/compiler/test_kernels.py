@@ -100,7 +100,7 @@ def everything(block: moec.Block, x: Any, ids: Any, weights: Any, schedule: str)
 @pytest.fixture(scope="module")
 def others(cpu: Built) -> dict[int, list[moec.Block]]:
     """The same blocks with other numbers of threads, more than there are cores among them."""
-    return {threads: cpu.load(threads=threads) for threads in (1, 2, 7)}
+    return {threads: cpu.load(threads=threads) for threads in (2, 7)}
 
 
 @pytest.mark.parametrize(("name", "schedule"), PAIRS)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import moec
 from moec.checkpoint import Checkpoint
@@ -36,15 +35,6 @@ CASES = [
 Array = np.ndarray[Any, Any]
 # (layer, x, token ids, second input) -> (y, ids, weights)
 Oracle = Callable[[int, Array, Array, Array], tuple[Array, Array, Array]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +90,7 @@ def test_family(
     results[family, variant] = "FAILED"
     layers, hidden, run = make(family, variant, tmp_path / "model")
     moec.compile(tmp_path / "model", target=TARGET, out=tmp_path / "m.moec", schedules=SCHEDULES)
-    model = moec.load(tmp_path / "m.moec", threads=2)
+    model = moec.load(tmp_path / "m.moec", threads=1)
     assert list(model.layers) == layers
     worst = check_reference(tmp_path / "model", hidden, run)
     for layer in layers:

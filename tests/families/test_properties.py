@@ -36,7 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
             if path not in made:
                 out = tmp_path_factory.mktemp("artifact") / "m.moec"
                 moec.compile(path, target=TARGET, out=out, schedules=SCHEDULES)
-                made[path] = moec.load(out, threads=2)
+                made[path] = moec.load(out, threads=1)
             return made[path]
 
         yield get
