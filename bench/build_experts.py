@@ -1,10 +1,11 @@
 """Compile the expert kernels of the benchmark shapes for sm_90a; needs no GPU.
 
-    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--variants REGEX]
+    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--variants REGEX] [--wide]
 
-OUT receives one library a shape and index.json: for every variant its entry symbol, token
-range and workspace. bench/gpu_experts.py checks and times them on a GPU machine, where TVM's
-Python package is not needed.
+The variants are the schedules that the compiler chooses from. OUT receives one library a shape
+and index.json: for every variant its entry symbol, token range and workspace.
+bench/gpu_experts.py checks and times them on a GPU machine, where TVM's Python package is not
+needed.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import argparse
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tvm
 
+from moec import target
+from moec.schedules import backend, choose
 from moec.schedules.buffers import Buf, Kernel, PerToken
-from moec.schedules.cuda import decode, finish, pipeline, prefill, sort, stream, toolchain
+from moec.schedules.cuda import decode, finish, lower, pipeline, prefill, sort, stream, toolchain
 from moec.schedules.cuda.host import Launch, build_host
 from moec.schedules.cuda.shapes import Matmul
-from moec.spec import ActivationSpec
+from moec.spec import ActivationSpec, ExpertsSpec, MoESpec, Renorm, RouterSpec
 
 SMS = 132
 
@@ -114,30 +117,23 @@ def grouped_variant(
     return Variant(tag, low, high, tuple(launches), tuple(kernels))
 
 
-def variants(s: Shape) -> list[Variant]:
-    """Everything that is compared."""
-    C = decode.DecodeConfig
-    one, two = decode.chunks_of(s.H), decode.chunks_of(s.I)
+def shipped(s: Shape) -> list[Variant]:
+    """What the compiler chooses for such a layer, each with its token range."""
+    experts = ExpertsSpec(s.E, s.K, s.H, s.I)
+    spec = MoESpec("bfloat16", RouterSpec(s.E, s.K, renorm=Renorm.SUM), experts)
     out = []
-    for budget1, budget2, c1, c2, ahead in ((176, 192, one, two, 3), (176, 100, one, two, 3)):
-        st1, st2 = max(2, budget1 // (2 * c1)), max(2, budget2 // (2 * c2))
-        name = f"dec_{budget1}_{budget2}_{c2}_{ahead}"
-        out.append(decode_variant(s, name, C(c1, st1), C(c2, st2, ahead)))
-    S = stream.StreamConfig
-    W = tuple(range(16, 129, 16))
-    for name, cfg, low, high, grain in (
-        ("str8", S(8), 1, 17, 0), ("str16", S(16, stages=8), 1, 65, 0),
-        ("str32", S(32, stages=8), 32, 257, 0), ("str64", S(64, W[:4]), 128, 1025, 16),
-        ("str128", S(128, W), 256, 2049, 16),
-        ("sw64", S(64, W[:4], 2), 128, 1025, 16), ("sw128", S(128, W, 2), 256, 1 << 30, 16),
-        ("sw160", S(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 512, 1 << 30, 16),
-    ):  # fmt: skip
-        blocks = high > 1000
-        out.append(grouped_variant(s, name, low, high, stream, cfg, cfg, cfg.rows, blocks, grain))
-    P = prefill.PrefillConfig
-    for cols in (256, 192, 128):
-        cfg = P(cols, {256: 4, 192: 5, 128: 6}[cols])
-        out.append(grouped_variant(s, f"pre{cols}", 256, 1 << 30, prefill, cfg, cfg, 128, True))
+    for schedule, tokens in choose(backend("cuda"), (), spec, target.resolve("cuda:sm_90a")):
+        if tokens is None or schedule.config.family not in ("decode", "stream", "prefill"):
+            continue
+        c, low, high = schedule.config, max(1, tokens.low), tokens.high or 1 << 30
+        if c.family == "decode":
+            rings = lower._DECODE_RINGS
+            one, two = decode.fitting(s.H, rings[0]), decode.fitting(s.I, rings[1])
+            out.append(replace(decode_variant(s, schedule.name, one, two), low=low, high=high))
+        else:
+            module = stream if c.family == "stream" else prefill
+            out.append(grouped_variant(s, schedule.name, low, high, module, c.first, c.second,
+                                       c.tile_rows, c.blocks, c.grain))  # fmt: skip
     return out
 
 
@@ -184,6 +180,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default="qwen3")
     parser.add_argument("--variants", default=".")
+    parser.add_argument("--wide", action="store_true", help="time all at every T, to set ranges")
     parser.add_argument("--prefixes", default="^$", help="regex: also the first 1, 2, ... launches")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -192,7 +189,9 @@ def main() -> None:
     for name in options.shapes.split(","):
         begin = time.time()
         shape = SHAPES[name]
-        chosen = [v for v in variants(shape) if re.search(options.variants, v.name)]
+        chosen = [v for v in shipped(shape) if re.search(options.variants, v.name)]
+        if options.wide:
+            chosen = [replace(v, low=1, high=v.high if v.high <= 9 else 1 << 30) for v in chosen]
         index[name] = build(shape, chosen, options.out / f"{name}.so", options.prefixes)
         spilled = [k for k, (_, spills) in index[name]["resources"].items() if spills]
         print(f"{name}: {len(chosen)} variants, {time.time() - begin:.1f} s, spills: {spilled}")

@@ -3,7 +3,7 @@
     python bench/gpu_experts.py LIBS [--shapes qwen3] [--T 1,2,4] [--variants REGEX] [--json FILE]
 
 Every variant runs at every T of its range on random, uneven, single-expert and partly absent
-routings, from poisoned memory, against float32; three runs must agree bitwise. Times are
+routings, from poisoned memory, against float32; --runs N (3) runs must agree bitwise. Times are
 medians of CUDA-graph replays over R routings, so that weights come from HBM. A crash costs
 one variant: the work runs in a child process that is started again.
 """
@@ -166,7 +166,7 @@ def one(
         x, ids, weights, rows, ref = refs[key]
         call = entries.bind(info["symbol"], [x, ids, weights, gate_up, down, y, space])
         first = None
-        for _ in range(3):
+        for _ in range(options.runs):
             space.fill_(POISON)
             y.view(torch.uint8).fill_(POISON)
             call()
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="qwen3")
     parser.add_argument("--T", default=TOKENS)
     parser.add_argument("--variants", default=".")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--budget", type=float, default=500.0, help="seconds")

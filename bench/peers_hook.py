@@ -1,7 +1,7 @@
 """moec as a contender of a side-by-side harness: build(ctx) -> f(r), see bench/gpu_experts.py.
 
-MOEC_LIBS names the folder that build_experts.py filled, MOEC_PLAN a JSON object of
-"SHAPE": [[low, high, variant], ...]: which variant answers for which token counts.
+MOEC_LIBS names the folder that build_experts.py filled: the variant in whose range T is answers,
+as in a compiled artifact. MOEC_SITE: folders with the pinned tvm and tvm_ffi, if apart.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ def build(ctx: Any) -> Any:
     # The harness may bring another tvm_ffi: the pinned one must come first.
     sys.path[:0] = os.environ.get("MOEC_SITE", "").split(os.pathsep)
     libs = Path(os.environ["MOEC_LIBS"])
-    plan = json.loads(os.environ["MOEC_PLAN"])
     index = json.loads((libs / "index.json").read_text())
-    dims = [ctx.E, ctx.k, ctx.h, ctx.i]
-    name = next(n for n in plan if index[n]["shape"] == dims)
-    variant = next(v for low, high, v in plan[name] if low <= ctx.T < high)
-    info = index[name]["variants"][variant]
+    name = next(n for n, i in index.items() if i["shape"] == [ctx.E, ctx.k, ctx.h, ctx.i])
+    variants = index[name]["variants"].values()
+    info = next(v for v in variants if v["tokens"][0] <= ctx.T < v["tokens"][1])
     if name not in _loaded:
         _loaded[name] = gpu_experts.Entries(libs / index[name]["library"])
     fixed, per_token = info["workspace"]

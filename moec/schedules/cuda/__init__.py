@@ -123,14 +123,14 @@ SCHEDULES = {
             (*_FOLDED, IndexExperts), CudaConfig("decode", few=True), TokenRange(0, _DECODE), True,
             _decode,
         ),
-        _stream(StreamConfig(16, stages=8), 0.0),
-        _stream(StreamConfig(32, stages=8), 6.25),
-        _stream(StreamConfig(64, (16, 32, 48, 64), 2), 12.5),
+        _stream(StreamConfig(16, stages=8, once=True), 0.0),
+        _stream(StreamConfig(32, stages=8, once=True), 6.25),
+        _stream(StreamConfig(64, (16, 32, 48, 64), 2), 12.5, True),
         _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 50.0, True),
         Schedule(
             "prefill", "cuda", "persistent warp-specialised wgmma, tiles of 128 tokens",
             _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, blocks=True),
-            TokenRange(_DECODE), True, _tensor_cores, _from(384.0),
+            TokenRange(_DECODE), True, _tensor_cores, _from(768.0),
         ),
         Schedule(
             "plain", "cuda", "float32 multiply-add: what the tensor-core kernels do not take",

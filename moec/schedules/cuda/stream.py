@@ -1,10 +1,10 @@
 """Grouped matmuls for few rows an expert: every weight byte is read once, as fast as it comes.
 
 The sides are swapped: 128 weight rows are the M side of wgmma (64 a warpgroup) and the tokens
-of the expert its N side, 8 to 128 of them, so that padding costs no bandwidth. For a gated
-first matmul the tile holds 8 gate rows, their 8 up rows, the next 8 gate rows...: one TMA
-box of five dimensions lays the canonical weight out like that, and both values of a pair
-end up in one thread. Results go through shared memory, transposed, to whole rows.
+of the expert its N side, 8 to 160 of them, so that padding costs no bandwidth. For a gated
+first matmul the tile holds a few gate rows, their up rows, the next gate rows...: one TMA box
+of five dimensions lays the canonical weight out like that, and both values of a pair end up
+in one thread. Every warp transposes its own results through shared memory.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
@@ -21,8 +21,11 @@ from .shapes import Matmul
 
 _TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
+_HINT = ".L2::cache_hint"
+_EVICT_FIRST = 0x12F0000000000000  # a cache policy, as createpolicy makes it
 BK = 64
 THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
+GATHERING = 96
 SHARED_LIMIT = 227 * 1024
 
 
@@ -32,8 +35,8 @@ class StreamConfig:
 
     `widths`: the N of wgmma for which there is code, ascending up to `rows` (empty: only
     `rows`); a tile takes the narrowest that holds its tokens. `depth` K blocks of 64 a stage,
-    ring `stages` (0: all that fit); `lag` stages of gathered tokens are in flight before the
-    oldest is handed over.
+    ring `stages` (0: all that fit). `once`: weights leave the L2 first, for where the tokens of
+    an expert are one tile.
     """
 
     rows: int = 16
@@ -41,7 +44,7 @@ class StreamConfig:
     blocks: int = 1
     depth: int = 1
     stages: int = 0
-    lag: int = 4
+    once: bool = False
 
     def __post_init__(self) -> None:
         widths = self.widths or (self.rows,)
@@ -53,13 +56,18 @@ class StreamConfig:
             raise TargetError("stream: three stages do not fit the shared memory")
 
     @property
-    def part(self) -> int:
-        """Tokens that the transposing buffer holds at a time."""
+    def box(self) -> int:
+        """Tokens of a TMA box."""
         return next(p for p in (64, 32, 16, 8) if self.rows % p == 0)
+
+    @property
+    def part(self) -> int:
+        """Tokens whose results are transposed at a time."""
+        return 16 if self.rows % 16 == 0 else 8
 
     def ring(self) -> int:
         """Stages of the ring."""
-        room = SHARED_LIMIT - 2 * self.part * 144 - 8 * self.rows - 256
+        room = SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256
         stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
         return self.stages or min(12, room // stage)
 
@@ -85,34 +93,36 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     E, TOPK, K, COLS = shape.experts, shape.top_k, shape.inner, shape.outer
     PAIR, BIAS, DT = shape.gated and FIRST, shape.bias, shape.dtype
     SHORT = "bf16" if DT == "bfloat16" else "f16"
-    N, D, ST, LAG = config.rows, config.depth, config.ring(), min(config.lag, config.ring() - 2)
-    MB = config.blocks
+    N, D, ST, MB, ONCE = config.rows, config.depth, config.ring(), config.blocks, config.once
     BM = 128 * MB
     NOUT = BM // 2 if PAIR else BM  # outputs of a tile
-    WOUT = 32 if PAIR else 64  # of 64 weight rows
-    PITCH = WOUT + 8  # 16-bit words between tokens: free of conflicts
+    WOUT = NOUT // 8  # of a warp
     NB = -(-COLS // NOUT)
+    # Tiles of tokens before the next weight rows: where an expert has so many weight rows that
+    # its tiles would not run together, its weights would be read once a tile.
+    GM = 1 if NB <= sms // 2 else 8
     KB = -(-K // (BK * D))
     EARLY = min(ST, KB)  # stages whose weights are loaded before the wait
-    PART = config.part
-    PARTS = N // PART
     WIDTHS = config.widths or (N,)
     NV = len(WIDTHS)
     NACC = MB * N // 2
     ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
-    PBYTES = D * PART * BK * 2  # of one box of tokens
-    FULL = 4 if FIRST else 1
+    BOX = config.box
+    BOXES = N // BOX
+    PBYTES = D * BOX * BK * 2
+    FULL = GATHERING + 1 if FIRST else 1
     TURNS = -(-N // 24)  # a gathering warp takes 8 tokens of every 24
-    OUTP = WOUT // 8  # 16-byte pieces of a token's result
-    OTURNS = -(-PART * OUTP // 128)
-    DTURNS = -(-N // 128)
     WROWS = COLS * (2 if PAIR else 1)
-    FRAG = 1 if PAIR else 2  # 8x8 results of a warp per 8 tokens
+    # The 8-row groups of a warp, its M = 64 blocks taken together, are neighbours: block b has
+    # every MB-th group. Where I does not allow that a warp has a piece of every 64 rows.
+    JOIN = MB if not PAIR or COLS % (8 * MB) == 0 else 1
+    SBO, BLOCK = 64 * JOIN, 64 if JOIN > 1 else 64 * BK * 2 // 16  # in 16 bytes
+    PART, PIECES = config.part, WOUT // 8  # tokens, and 16-byte pieces of their results
+    FRAGS = 1 if PAIR else 2  # 8x8 results of an M = 64 block and 8 tokens
+    MATRICES = PART // 8 * PIECES  # 1, 2 or a multiple of 4
+    LANES = 8 // PIECES  # rows of pieces in 128 bytes: the swizzle
     mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
-    X4 = PART // 8 * FRAG // 4  # stores of four 8x8 results
-    X2 = PART // 8 * FRAG % 4 // 2
-    X1 = PART // 8 * FRAG % 2
     st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
     ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
 
@@ -130,10 +140,10 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         OUT = T.decl_buffer((S, COLS), DT, data=out_p)
         B_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if not FIRST:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, PART, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, BOX, 1, 1, 0, 3, 3, 0)
         A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if PAIR:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8, 2, COLS // 8, E, K * 2, COLS * K * 2, 8 * K * 2, 2 * COLS * K * 2, BK, 8, 2, 8 * MB, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8 * JOIN, 2, COLS // (8 * JOIN), E, K * 2, COLS * K * 2, 8 * JOIN * K * 2, 2 * COLS * K * 2, BK, 8 * JOIN, 2, 8 * MB // JOIN, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
         else:
             T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 3, w_p, K, COLS, E, K * 2, COLS * K * 2, BK, BM, 1, 1, 1, 1, 0, 3, 3, 0)
 
@@ -146,8 +156,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         pool = T.SMEMPool()
         As = pool.alloc((ST, D, BM, BK), DT, align=1024)
         Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
-        Ds = pool.alloc((2, PART, PITCH), DT, align=16)
-        dst = pool.alloc((2, N if not FIRST else 1), "int32", align=16)
+        Ds = pool.alloc((8, PART, WOUT), DT, align=128)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
         pool.commit()
@@ -167,7 +176,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         stage: T.int32 = 0
         phase: T.int32 = 0
         tile: T.int32 = bx
-        total: T.int32 = fresh(COUNT, 0) * NB
+        mtiles: T.int32 = fresh(COUNT, 0)
+        total: T.int32 = mtiles * NB
         e: T.int32
         row0: T.int32
         rows: T.int32
@@ -185,8 +195,15 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         @T.inline
         def look(which):
             if which < total:
-                m: T.int32 = which // NB
-                next_n = which - m * NB
+                m: T.int32
+                if GM == 1:
+                    m = which // NB
+                    next_n = which - m * NB
+                else:
+                    g: T.int32 = which // (GM * NB)
+                    gm: T.int32 = T.min(mtiles - g * GM, GM)
+                    next_n = (which - g * (GM * NB)) // gm
+                    m = g * GM + (which - g * (GM * NB)) % gm
                 next_e = fresh(TILES, m * 4)
                 next_row0 = fresh(TILES, m * 4 + 1)
                 next_rows = fresh(TILES, m * 4 + 2)
@@ -210,9 +227,15 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         def weights(k):
             for d in T.unroll(D):
                 if PAIR:
-                    T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * 8 * MB, e, full.ptr_to([stage]))
+                    if ONCE:
+                        T.ptx[TMA5 + _HINT](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * (8 * MB // JOIN), e, full.ptr_to([stage]), T.uint64(_EVICT_FIRST))
+                    else:
+                        T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * (8 * MB // JOIN), e, full.ptr_to([stage]))
                 else:
-                    T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
+                    if ONCE:
+                        T.ptx[TMA3 + _HINT](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]), T.uint64(_EVICT_FIRST))
+                    else:
+                        T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
 
         if wid == 11:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
@@ -223,9 +246,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 @T.inline
                 def tokens_of(k):
                     for d in T.unroll(D):
-                        for i in T.unroll(PARTS):
+                        for i in T.unroll(BOXES):
                             if i < boxes:
-                                T.ptx[TMA2](Bs.ptr_to([stage, d, i * PART, 0]), T.address_of(B_map), (k * D + d) * BK, row0 + i * PART, full.ptr_to([stage]))
+                                T.ptx[TMA2](Bs.ptr_to([stage, d, i * BOX, 0]), T.address_of(B_map), (k * D + d) * BK, row0 + i * BOX, full.ptr_to([stage]))
 
                 @T.inline
                 def expect():
@@ -238,7 +261,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 if not FIRST:
                     if tile < total:
                         locate()
-                        boxes = (rows + PART - 1) // PART
+                        boxes = (rows + BOX - 1) // BOX
                         for k in T.serial(EARLY):
                             expect()
                             weights(k)
@@ -254,7 +277,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 while tile < total:
                     if FIRST or k0 == 0:
                         locate()
-                        boxes = (rows + PART - 1) // PART
+                        boxes = (rows + BOX - 1) // BOX
                     for k in T.serial(k0, KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         expect()
@@ -269,8 +292,6 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             if FIRST:
                 # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight
                 src = T.alloc_local((TURNS * 2,), "int32")
-                pst: T.int32 = 0
-                behind: T.int32 = 0
                 first: T.int32 = (wid - 8) * 8
                 look(tile)
                 while tile < total:
@@ -293,44 +314,22 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                                         else:
                                             inside: T.int32 = T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0)
                                             T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), T.if_then_else(inside == 16, (k * D + d) * BK + lane % 8 * 8, 0)]), 16, T.Cast("uint32", inside))
-                        T.ptx.cp.async_.commit_group()
-                        if behind == LAG:
-                            T.ptx.cp.async_.wait_group(LAG)
-                            T.ptx.fence.proxy.async_.shared__cta()
-                            T.cuda.warp_sync()
-                            if lane == 0:
-                                T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([pst]), T.uint32(1))
-                            pst += 1
-                            if pst == ST:
-                                pst = 0
-                        else:
-                            behind += 1
+                        # arrives when this thread's copies have: nothing waits for them here
+                        T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](full.ptr_to([stage]))
                         advance()
                     tile += sms
-                T.ptx.cp.async_.wait_group(0)
-                T.ptx.fence.proxy.async_.shared__cta()
-                T.cuda.warp_sync()
-                while behind > 0:
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([pst]), T.uint32(1))
-                    pst += 1
-                    if pst == ST:
-                        pst = 0
-                    behind -= 1
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](208)
-            to_row = T.alloc_local((DTURNS,), "int32")
+            to_row = T.alloc_local((-(-N // 32),), "int32")
             acc = T.alloc_local((NACC,), "float32")
-            hw = T.alloc_local((PART // 8 * FRAG,), "uint32")
+            hw = T.alloc_local((MATRICES,), "uint32")
             v = T.alloc_local((4,), "uint32")
             vv = T.alloc_local((2,), "float32")
-            bb = T.alloc_local((2,), "float32")
+            bb = T.alloc_local((2 * MB,), "float32")
             dA: T.uint64
             dB: T.uint64
             wgi: T.int32 = wid // 4
-            w4: T.int32 = wid % 4
-            wt = T.meta_var(tid % 128)
-            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64 * MB, 0]), 1, 64, 3)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64 * MB, 0]), 1, SBO, 3)
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0, 0]), 1, 64, 3)
             prev: T.int32 = 0
             steps: T.int32 = opaque(KB)
@@ -344,11 +343,13 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             def multiply(width):
                 for k in T.serial(steps):
                     wait(full.ptr_to([stage]), phase)
+                    if FIRST:  # what cp.async wrote is not yet ordered before what wgmma reads
+                        T.ptx.fence.proxy.async_.shared__cta()
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(D * BK // 16):
                         for mb in T.unroll(MB):
                             T.ptx[mma.format(width)](*[acc[mb * (N // 2) + i] for i in range(width // 2)],
-                                dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + mb * (64 * BK * 2 // 16) + kk % 4 * 2),
+                                dA + T.Cast("uint64", stage * (ABYTES // 16) + kk // 4 * (BM * BK * 2 // 16) + mb * BLOCK + kk % 4 * 2),
                                 dB + T.Cast("uint64", stage * (BBYTES // 16) + kk // 4 * (N * BK * 2 // 16) + kk % 4 * 2),
                                 (k + kk) != 0, 1, 1, 0, 0)
                     T.ptx.wgmma.commit_group.sync.aligned()
@@ -364,9 +365,10 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             while tile < total:
                 locate()
                 if not FIRST:
-                    for p in T.unroll(DTURNS):
-                        if p * 128 + wt < rows:
-                            to_row[p] = fresh(ORDER, row0 + p * 128 + wt)
+                    # where the tile's rows go: lane l knows that of tokens l, l + 32, ...
+                    for p in T.unroll(-(-N // 32)):
+                        if p * 32 + lane < rows:
+                            to_row[p] = fresh(ORDER, row0 + p * 32 + lane)
                 if NV == 1:
                     multiply(N)
                 else:
@@ -400,72 +402,60 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if NV > 7:
                         if pick == 7:
                             multiply(WIDTHS[min(7, NV - 1)])
-                # where the tokens' rows go; the barrier before the first results orders this
-                if not FIRST:
-                    T.cuda.warpgroup_sync(wgi + 1)
-                    for p in T.unroll(DTURNS):
-                        if p * 128 + wt < N:
-                            dst[wgi, p * 128 + wt] = to_row[p]
-                for mb in T.unroll(MB):
-                    # bias of the rows that this lane holds: gate and up, or rows g and g + 8
-                    if BIAS:
-                        out0: T.int32
-                        if PAIR:
-                            out0 = n * NOUT + ((wgi * MB + mb) * 4 + w4) * 8 + lane // 4
-                        else:
-                            out0 = n * NOUT + ((wgi * MB + mb) * 4 + w4) * 16 + lane // 4
+                first_col: T.int32 = n * NOUT + wid * WOUT
+                apart = T.meta_var(8 if JOIN == MB else 32)  # columns from a piece to the next
+                if JOIN != MB:
+                    first_col = n * NOUT + wgi * (32 * MB) + wid % 4 * 8
+                if BIAS:
+                    for i in T.unroll(2 * MB):
+                        bb[i] = T.float32(0)
+                    for mb in T.unroll(MB):
                         for i in T.unroll(2):
-                            bb[i] = T.float32(0)
-                        if out0 < COLS:
-                            bb[0] = BIASV[e * WROWS + out0]
                             if PAIR:
-                                bb[1] = BIASV[e * WROWS + COLS + out0]
-                        if not PAIR:
-                            if out0 + 8 < COLS:
-                                bb[1] = BIASV[e * WROWS + out0 + 8]
-                    for part in T.unroll(PARTS):
-                        if part == 0 or part * PART < rows:
-                            for b in T.unroll(PART // 8):
-                                for f in T.unroll(FRAG):
+                                if first_col + mb * apart + lane // 4 < COLS:
+                                    bb[mb * 2 + i] = BIASV[e * WROWS + i * COLS + first_col + mb * apart + lane // 4]
+                            else:
+                                if first_col + (i * MB + mb) * 8 + lane // 4 < COLS:
+                                    bb[mb * 2 + i] = BIASV[e * WROWS + first_col + (i * MB + mb) * 8 + lane // 4]
+                for part in T.unroll(N // PART):
+                    t0 = T.meta_var(part * PART)
+                    if part == 0 or t0 < rows:
+                        for b in T.unroll(PART // 8):
+                            for mb in T.unroll(MB):
+                                for f in T.unroll(FRAGS):
                                     for i in T.unroll(2):
-                                        a = T.meta_var(mb * (N // 2) + part * (PART // 2) + b * 4 + i)
+                                        a = T.meta_var(mb * (N // 2) + t0 // 2 + b * 4 + i)
                                         if PAIR:
                                             if BIAS:
-                                                vv[i] = T.cuda.func_call(ACT, acc[a] + bb[0], acc[a + 2] + bb[1], source_code=ACT_SRC, return_type="float32")
+                                                vv[i] = T.cuda.func_call(ACT, acc[a] + bb[mb * 2], acc[a + 2] + bb[mb * 2 + 1], source_code=ACT_SRC, return_type="float32")
                                             else:
                                                 vv[i] = T.cuda.func_call(ACT, acc[a], acc[a + 2], source_code=ACT_SRC, return_type="float32")
                                         else:
                                             vv[i] = acc[a + f * 2]
                                             if BIAS:
-                                                vv[i] = vv[i] + bb[f]
+                                                vv[i] = vv[i] + bb[mb * 2 + f]
                                             if FIRST:
                                                 vv[i] = T.cuda.func_call(ACT, vv[i], vv[i], source_code=ACT_SRC, return_type="float32")
-                                    T.ptx[cvt](hw[b * FRAG + f], vv[1], vv[0])
-                            # every thread of the warpgroup has read the rows that were there
-                            T.cuda.warpgroup_sync(wgi + 1)
-                            if PAIR:
-                                for s in T.unroll(X4):
-                                    T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 4 + lane // 8) * 8 + lane % 8, w4 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
-                                if X2 == 1:
-                                    T.ptx[st.format(2)](Ds.ptr_to([wgi, (X4 * 4 + lane // 8 % 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
-                                if X1 == 1:
-                                    T.ptx[st.format(1)](Ds.ptr_to([wgi, (X4 * 4 + X2 * 2) * 8 + lane % 8, w4 * 8]), hw[X4 * 4 + X2 * 2])
-                            else:
-                                for s in T.unroll(X4):
-                                    T.ptx[st.format(4)](Ds.ptr_to([wgi, (s * 2 + lane // 16) * 8 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
-                                if X2 == 1:
-                                    T.ptx[st.format(2)](Ds.ptr_to([wgi, X4 * 16 + lane % 8, w4 * 16 + lane // 8 % 2 * 8]), hw[X4 * 4], hw[X4 * 4 + 1])
-                            T.cuda.warpgroup_sync(wgi + 1)
-                            for p in T.unroll(OTURNS):
-                                at = T.meta_var(p * 128 + wt)
-                                token = T.meta_var(at // OUTP)
-                                col = T.meta_var(n * NOUT + (wgi * MB + mb) * WOUT + at % OUTP * 8)
-                                if token < PART and part * PART + token < rows and col < COLS:
-                                    to: T.int32 = row0 + part * PART + token
-                                    if not FIRST:
-                                        to = dst[wgi, part * PART + token]
-                                    T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wgi, token, at % OUTP * 8]))
-                                    T.ptx["st.global.v4.u32"](OUT.ptr_to([to, col]), v[0], v[1], v[2], v[3])
+                                    T.ptx[cvt](hw[b * PIECES + f * MB + mb], vv[1], vv[0])
+                        T.cuda.warp_sync()  # the rows that were there have been read
+                        # matrix j: piece j % PIECES of 8 tokens
+                        for s in T.unroll(MATRICES // 4):
+                            j = T.meta_var(s * 4 + lane // 8)
+                            T.ptx[st.format(4)](Ds.ptr_to([wid, j // PIECES * 8 + lane % 8, (j % PIECES ^ lane % 8 // LANES) * 8]), hw[s * 4], hw[s * 4 + 1], hw[s * 4 + 2], hw[s * 4 + 3])
+                        if MATRICES == 2:
+                            T.ptx[st.format(2)](Ds.ptr_to([wid, lane // 8 % 2 // PIECES * 8 + lane % 8, (lane // 8 % 2 % PIECES ^ lane % 8 // LANES) * 8]), hw[0], hw[1])
+                        if MATRICES == 1:
+                            T.ptx[st.format(1)](Ds.ptr_to([wid, lane % 8, 0]), hw[0])
+                        T.cuda.warp_sync()
+                        for p in T.unroll(-(-PART * PIECES // 32)):
+                            token = T.meta_var((p * 32 + lane) // PIECES)
+                            piece = T.meta_var(lane % PIECES)
+                            to: T.int32 = row0 + t0 + token
+                            if not FIRST:
+                                to = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), to_row[t0 // 32], t0 % 32 + token, 32)
+                            if token < PART and t0 + token < rows and first_col + piece * apart < COLS:
+                                T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wid, token, (piece ^ token % 8 // LANES) * 8]))
+                                T.ptx["st.global.v4.u32"](OUT.ptr_to([to, first_col + piece * apart]), v[0], v[1], v[2], v[3])
                 tile += sms
     # fmt: on
     return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)
