@@ -16,8 +16,8 @@ import pytest
 import tvm_ffi
 
 from moec import target
+from moec.artifact import aligned
 from moec.ops import reference
-from moec.runtime.packing import aligned
 from moec.schedules.buffers import Buf, PerToken
 from moec.schedules.cpu.activate import activate
 from moec.schedules.cpu.codegen import compile_module

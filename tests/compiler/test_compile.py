@@ -364,7 +364,7 @@ def test_resources_that_run_out(
 ) -> None:
     options = moec.CompileOptions(dump_ir=tmp_path / "ir" if where == "dump" else None)
     if where == "memory":
-        monkeypatch.setattr(packing, "_aligned", exhausted)
+        monkeypatch.setattr(packing, "aligned", exhausted)
     elif where == "room":
         usage = shutil.disk_usage(tmp_path)._replace(free=100)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec import target
+from moec.artifact import aligned
 from moec.ops import reference
-from moec.runtime.packing import aligned
 from moec.schedules.buffers import PerToken
 from moec.schedules.cpu.codegen import compile_module
 from moec.schedules.cpu.emit import round_up
