@@ -87,7 +87,9 @@ def compiled(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Compiled
     """
     import moec
     from tests import models
+    from tests import objects as compiled_once
 
+    objects = compiled_once.Objects(tmp_path_factory.mktemp("objects"))
     made: dict[tuple[str, str, str], Any] = {}
 
     def get(family: str, variant: str, dtype: str) -> tuple[Any, Any, Any]:
@@ -95,7 +97,9 @@ def compiled(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Compiled
         if key not in made:
             model, path = saved(*key)
             out = tmp_path_factory.mktemp("artifact") / "m.moec"
-            moec.compile(path, out=out, schedules=SCHEDULES)
+            with pytest.MonkeyPatch.context() as patch:  # other tests build libraries as users do
+                compiled_once.install(objects, patch)
+                moec.compile(path, out=out, schedules=SCHEDULES)
             twin = model if dtype == "float32" else models.widened(model)
             made[key] = model, twin, moec.load(out, threads=1)
         return made[key]

@@ -18,7 +18,8 @@ from moec.checkpoint import Checkpoint
 from moec.frontend import builtin, read_model, report
 from moec.ops import reference
 
-from . import cache, oracle, published, table, tiny
+from .. import objects as compiled_once
+from . import oracle, published, table, tiny
 
 SCHEDULES = ("fused", "gather", "loop")
 TOKENS = (0, 1, 33)
@@ -40,7 +41,7 @@ Oracle = Callable[[int, Array, Array, Array], tuple[Array, Array, Array]]
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        cache.install(cache.Objects(tmp_path_factory.mktemp("objects")), patch)
+        compiled_once.install(compiled_once.Objects(tmp_path_factory.mktemp("objects")), patch)
         yield
 
 

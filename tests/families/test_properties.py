@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import moec
 
-from . import cache, published, tiny
+from .. import objects as compiled_once
+from . import published, tiny
 from .test_families import SCHEDULES, TARGET, error
 
 # A family each for groups and bias, zero experts, norms of every row, mixed sums, a plain one.
@@ -29,7 +30,7 @@ Compiled = Callable[[Path], Any]
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
     with pytest.MonkeyPatch.context() as patch:
-        cache.install(cache.Objects(tmp_path_factory.mktemp("objects")), patch)
+        compiled_once.install(compiled_once.Objects(tmp_path_factory.mktemp("objects")), patch)
         made: dict[Path, Any] = {}
 
         def get(path: Path) -> Any:
