@@ -1,7 +1,8 @@
 """From router logits to topk_ids and topk_weights: every variant of RouterSpec, a warp a token.
 
 The order of operations and the roundings are those of `ops.reference.route`. Among equal
-values the lowest expert id wins. Ids are always in [0, E), whatever the logits hold.
+values the lowest expert id wins. Ids are in [0, E), whatever the logits hold, unless they come
+out of a token table.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
@@ -25,17 +26,22 @@ from .intrinsics import fresh, round_to
 
 WARPS = 4
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+# The operands after the logits, by the names that ops.route has for them.
+OPERANDS = ("selection_bias", "per_expert_scale", "global_scale", "token_ids", "token_table")
 _NONE = 0x7FFFFFFF
 _NUMPY = {"bfloat16": bfloat16, "float16": np.float16, "float32": np.float32}
 
 
 def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
-    """logits [T, E] f32, selection_bias, per_expert_scale -> topk_ids, topk_weights [T, K].
+    """logits [T, E] f32 and the operands of ops.route -> topk_ids, topk_weights [T, K].
 
-    `dtype` is the model's dtype (Precision.MODEL). Vectors that `spec` does without are there,
-    unread: any buffer stands in their place.
+    `dtype` is the model's dtype (Precision.MODEL). Operands that `spec` does without are
+    there, unread: any buffer stands in their place. A token outside of the token table gets
+    ids of -1.
     """
     E, K = spec.num_experts, spec.top_k
+    FREE, PICKED = spec.selectable, spec.selected
+    TABLE, VOCAB = spec.selection is Selection.TOKEN_TABLE, max(spec.vocab_size, 1)
     VPL = -(-E // 32)
     LDT = dtype if spec.logits_dtype is Precision.MODEL else "float32"
     WDT = dtype if spec.weights_dtype is Precision.MODEL else "float32"
@@ -45,7 +51,7 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
     CAP = spec.logit_cap is not None
     GROUPS, G = spec.groups is not None, spec.groups.count if spec.groups else 1
     KEPT = spec.groups.kept if spec.groups else 1
-    SIZE, GPL = E // G, -(-G // 32)
+    SIZE, GPL = FREE // G, -(-G // 32)
     BIASED = spec.groups is None or spec.groups.biased
     TOP2 = spec.groups is not None and spec.groups.score is GroupScore.SUM_TOP2
     INF = float("inf")
@@ -60,12 +66,15 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
 
     # fmt: off
     @T.prim_func
-    def kernel(logits_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
+    def kernel(logits_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), global_p: T.handle("float32"), tokens_p: T.handle("int32"), table_p: T.handle("int32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
         LOGITS = T.decl_buffer((NT * E,), "float32", data=logits_p)
-        SEL_BIAS = T.decl_buffer((E,), "float32", data=bias_p)
+        SEL_BIAS = T.decl_buffer((FREE,), "float32", data=bias_p)
         EXP_SCALE = T.decl_buffer((E,), "float32", data=scale_p)
+        GLOBAL = T.decl_buffer((1,), "float32", data=global_p)
+        TOKEN_IDS = T.decl_buffer((NT,), "int32", data=tokens_p)
+        ROWS = T.decl_buffer((VOCAB, K), "int32", data=table_p)
         IDS = T.decl_buffer((NT * K,), "int32", data=ids_p)
         W = T.decl_buffer((NT * K,), "float32", data=w_p)
         T.device_entry()
@@ -182,7 +191,8 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                     if i * 32 + lane < E:
                         score[wid, i * 32 + lane] = v[i]
                         if BIAS:
-                            v[i] = v[i] + SEL_BIAS[i * 32 + lane]
+                            if i * 32 + lane < FREE:
+                                v[i] = v[i] + SEL_BIAS[i * 32 + lane]
                         choice[wid, i * 32 + lane] = v[i]
                 T.cuda.warp_sync()
                 if GROUPS:
@@ -221,16 +231,25 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                     for i in T.unroll(VPL):
                         if i * 32 + lane < E:
                             v[i] = choice[wid, i * 32 + lane]
-                for k in T.serial(K):
-                    argmax(v, VPL, E)
-                    if lane == k:
-                        my_id = where
-                    # NaN compares with nothing: it is never chosen a second time
-                    for i in T.unroll(VPL):
-                        if i * 32 + lane == where:
-                            v[i] = T.float32(float("nan"))
+                if TABLE:
+                    token: T.int32 = fresh(TOKEN_IDS, t)
+                    my_id = -1
+                    if lane < K and token >= 0 and token < VOCAB:
+                        my_id = ROWS[token, lane]
+                else:
+                    for k in T.serial(PICKED):
+                        argmax(v, VPL, FREE)
+                        if lane == k:
+                            my_id = where
+                        # NaN compares with nothing: it is never chosen a second time
+                        for i in T.unroll(VPL):
+                            if i * 32 + lane == where:
+                                v[i] = T.float32(float("nan"))
+                    # the experts that every token passes come last
+                    if lane >= PICKED and lane < K:
+                        my_id = FREE + lane - PICKED
                 if lane < K:
-                    my_w = score[wid, my_id]
+                    my_w = score[wid, T.max(T.min(my_id, E - 1), 0)]   # a table may hold anything
                 if SIGMOID_W:
                     my_w = T.float32(1) / (T.float32(1) + T.exp(-my_w))
                 if SOFTMAX_W:
@@ -263,14 +282,19 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                 if SCALE != 1.0:
                     my_w = my_w * T.float32(SCALE)
                 if spec.per_expert_scale:
-                    my_w = my_w * EXP_SCALE[my_id]
+                    my_w = my_w * EXP_SCALE[T.max(T.min(my_id, E - 1), 0)]
+                if spec.global_scale:
+                    my_w = my_w * GLOBAL[0]
                 IDS[t * K + lane] = my_id
                 W[t * K + lane] = round_to(my_w, WDT)
     # fmt: on
     args = (
         Buf("logits", (PerToken(), E), "float32"),
-        Buf("selection_bias", (E,), "float32"),
+        Buf("selection_bias", (FREE,), "float32"),
         Buf("per_expert_scale", (E,), "float32"),
+        Buf("global_scale", (1,), "float32"),
+        Buf("token_ids", (PerToken(),), "int32", True),
+        Buf("token_table", (VOCAB, K), "int32"),
         Buf("topk_ids", (PerToken(), K), "int32", True),
         Buf("topk_weights", (PerToken(), K), "float32", True),
     )
