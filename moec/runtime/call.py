@@ -15,7 +15,6 @@ from ..errors import InputError, TargetError
 from ..spec import ExpertsSpec
 from . import abi
 from .libraries import Library, runtime
-from .packing import Array
 from .pool import use_workers, workspace
 from .tensors import Kind, View, address, view
 
@@ -80,7 +79,7 @@ class Call:
         name: str,
         function: Function,
         library: Library,
-        parameters: Callable[[], Mapping[str, Array]],
+        parameters: Callable[[], Mapping[str, Any]],
         spec: ExpertsSpec,
         threads: tuple[int, int],
     ) -> None:
@@ -165,7 +164,7 @@ class Call:
         """An argument in the memory that this function works on."""
         return abi.tensor(shape, dtype, data)
 
-    def _parameter(self, name: str, bound: Mapping[str, Array]) -> int:
+    def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
         """Where a parameter lies in that memory."""
         return address(bound[name])
 
@@ -230,7 +229,7 @@ class Call:
             dims = abi.dims(bound[name].shape)
             keep.append(dims)
             place = self._parameter(name, bound)
-            tensors.append(self._tensor(dims, bound[name].dtype.name, place))
+            tensors.append(self._tensor(dims, str(bound[name].dtype), place))
         for port in self._outputs:
             tensors.append(self._tensor(_shape(shapes, port), port.dtype))
         space = abi.dims([0])

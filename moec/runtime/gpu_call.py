@@ -13,9 +13,9 @@ from typing import Any
 from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
-from .call import Call, _Prepared, _shape
+from .call import Call
 from .gpu_tensors import view as gpu_view
-from .libraries import Library, runtime
+from .libraries import Library
 from .tensors import View
 
 _ALIGN = _SLACK = 256  # of the workspace, as its intermediates are aligned within it
@@ -33,8 +33,7 @@ class GpuCall(Call):
         spec: ExpertsSpec,
         device: int,
     ) -> None:
-        super().__init__(name, function, library, {}.copy, spec, (1, 1))
-        self._memory = parameters
+        super().__init__(name, function, library, parameters, spec, (1, 1))
         self._device = device
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
@@ -42,9 +41,7 @@ class GpuCall(Call):
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
         with cuda.current(self._device):
-            ready = self._frames.table.get(index)
-            if ready is None:
-                ready = self._prepare(index)
+            ready = self._ready(index)
             for tensor, got in zip(ready.inputs, views, strict=True):
                 tensor.data = got.address
             for tensor, place in zip(ready.outputs, outputs, strict=True):
@@ -62,27 +59,10 @@ class GpuCall(Call):
             ready.call()
             del space
 
-    def _prepare(self, index: int) -> _Prepared:
-        variant = self._function.variants[index]
-        shapes: dict[tuple[int, ...], Any] = {}
-        bound = self._memory()
-        keep: list[Any] = [bound]
-        tensors = [self._tensor(_shape(shapes, p), p.dtype, 0) for p in self._inputs]
-        for name in self._function.parameters:
-            dims = abi.dims(bound[name].shape)
-            keep.append(dims)
-            tensors.append(self._tensor(dims, bound[name].dtype, bound[name].address))
-        tensors += [self._tensor(_shape(shapes, p), p.dtype, 0) for p in self._outputs]
-        space = abi.dims([0])
-        tensors.append(self._tensor(space, "uint8", 0))
-        lengths = [*shapes.values(), space]
-        function = self._library.function(variant.symbol)
-        frame = abi.Frame(runtime(), function, tensors, [1], (keep, lengths))
-        ready = _Prepared(frame, (len(self._inputs), len(self._outputs)), lengths, variant)
-        self._frames.table[index] = ready
-        return ready
+    def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
+        return int(bound[name].address)
 
     def _tensor(self, shape: Any, dtype: str, data: int = 0) -> abi.DLTensor:
-        tensor = abi.tensor(shape, dtype, data)
+        tensor = super()._tensor(shape, dtype, data)
         tensor.device_type, tensor.device_id = cuda.DEVICE_TYPE, self._device
         return tensor

@@ -123,7 +123,7 @@ class MetalCall(Call):
     def _tensor(self, shape: Any, dtype: str, data: int = 0) -> abi.DLTensor:
         return on_device(super()._tensor(shape, dtype, data))
 
-    def _parameter(self, name: str, bound: Mapping[str, Array]) -> int:
+    def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
         return self._device.parameter(self._layer, name, bound[name])
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
