@@ -19,7 +19,7 @@ from moec.checkpoint import Checkpoint
 from moec.frontend import builtin, read_model, report
 from moec.ops import reference
 
-from . import cache, oracle, published, table, tiny
+from . import cache, cuda, oracle, published, table, tiny
 
 SCHEDULES = ("fused", "gather", "loop")
 TOKENS = (0, 1, 33)
@@ -110,12 +110,14 @@ def test_family(
 
 
 def check_reference(path: Path, hidden: int, run: Oracle) -> float:
-    """The float64 reference of the last block, on its canonical parameters."""
+    """The float64 reference of the last block, on its canonical parameters; CUDA takes all."""
     random = np.random.default_rng(1)
     x, shared_x = random.normal(size=(2, 9, hidden)).astype(np.float32)
     token_ids = random.integers(0, 50, 9)
     read = read_model(path)
     assert f"family {read.family}" in report.text(read)
+    for spec in dict.fromkeys(block.spec for block in read.blocks):
+        cuda.lowers(spec)
     block = read.blocks[-1]
     with Checkpoint.open(path) as opened:
         parameters = {name: block.plan.tensor(opened, name) for name, _ in block.plan.params}
