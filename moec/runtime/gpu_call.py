@@ -3,17 +3,22 @@
 A call never waits for the device and allocates only through the caller's library (results and
 workspace, on its current stream), so it can be captured in a CUDA graph like any operation
 of that library.
+
+Plain torch tensors that fit take a short way, which asks the same questions without building
+views; whatever is unusual about a call sends it the long way, which also explains refusals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
-from .call import Call
+from .call import Call, Port
+from .gpu_tensors import ALIGNMENT, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
 from .tensors import View
@@ -35,29 +40,94 @@ class GpuCall(Call):
     ) -> None:
         super().__init__(name, function, library, parameters, spec, (1, 1))
         self._device = device
+        self._torch: Any = None  # torch as it was when `_dtypes` and `_kind` were made
+        self._dtypes: dict[str, Any] = {}
+        self._kind: Any = None
+
+    def __call__(
+        self, args: Sequence[Any], out: Any = None, schedule: str | None = None
+    ) -> list[Any]:
+        """Run the function on tensors of the device; raises what Call raises."""
+        torch = sys.modules.get("torch")
+        done = None if torch is None else self._short(torch, args, out, schedule)
+        return super().__call__(args, out, schedule) if done is None else done
+
+    def _short(
+        self, torch: Any, args: Sequence[Any], out: Any, schedule: str | None
+    ) -> list[Any] | None:
+        """The whole call, or None when it is for the long way."""
+        if self._torch is not torch:
+            ports = (*self._inputs, *self._outputs)
+            self._dtypes = {p.dtype: getattr(torch, p.dtype) for p in ports}
+            self._kind, self._torch = torch_kind(torch, self._device), torch
+        first = args[0]
+        tokens = first.shape[0] if type(first) is torch.Tensor and first.dim() else 0
+        if not tokens or torch.cuda.current_device() != self._device:
+            return None
+        inputs = [self._place(p, a, tokens) for p, a in zip(self._inputs, args, strict=True)]
+        if out is None:
+            results, outputs = self._make(self._kind, tokens)
+        else:
+            results, outputs = [out], [self._place(self._outputs[0], out, tokens)]
+        if not all(inputs) or not all(outputs) or not self._apart(inputs, outputs, tokens):
+            return None
+        self._launch(self._choose(tokens, schedule), tokens, inputs, outputs, self._kind)
+        return results
+
+    def _place(self, port: Port, tensor: Any, tokens: int) -> int:
+        """The address of a tensor that is just as `port` wants it; 0 for any other."""
+        torch = self._torch
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.dtype is not self._dtypes[port.dtype]
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.get_device() != self._device
+            or tensor.shape != (tokens, *port.tail)
+            or tensor.requires_grad
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+        ):
+            return 0
+        place: int = tensor.data_ptr()
+        return 0 if place % ALIGNMENT else place
+
+    def _apart(self, inputs: list[int], outputs: list[int], tokens: int) -> bool:
+        """Whether the first output overlaps no input; others are always memory of their own."""
+        place, size = outputs[0], self._outputs[0].row * tokens
+        return all(
+            place >= given + port.row * tokens or given >= place + size
+            for port, given in zip(self._inputs, inputs, strict=True)
+        )
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
         with cuda.current(self._device):
-            ready = self._ready(index)
-            for tensor, got in zip(ready.inputs, views, strict=True):
-                tensor.data = got.address
-            for tensor, place in zip(ready.outputs, outputs, strict=True):
-                tensor.data = place
-            for length in ready.lengths:
-                length[0] = tokens
-            size = ready.fixed + ready.per_token * tokens
-            kind: Any = views[0].kind
-            # Freed when this returns, on the stream that the launches are on: its allocator
-            # gives it to later work of the same stream only.
-            space, place = kind.empty((size + _SLACK,), "uint8")
-            ready.space.data = place + -place % _ALIGN
-            ready.room[0] = size
-            cuda.use_stream(self._device, kind.stream())
-            ready.call()
-            del space
+            places = [view.address for view in views]
+            self._launch(index, tokens, places, outputs, views[0].kind)
+
+    def _launch(
+        self, index: int, tokens: int, inputs: list[int], outputs: list[int], kind: Any
+    ) -> None:
+        """Run a variant on the current device, which is this one, on the stream of `kind`."""
+        ready = self._ready(index)
+        for tensor, place in zip(ready.inputs, inputs, strict=True):
+            tensor.data = place
+        for tensor, place in zip(ready.outputs, outputs, strict=True):
+            tensor.data = place
+        for length in ready.lengths:
+            length[0] = tokens
+        size = ready.fixed + ready.per_token * tokens
+        # Freed when this returns, on the stream that the launches are on: its allocator
+        # gives it to later work of the same stream only.
+        space, place = kind.empty((size + _SLACK,), "uint8")
+        ready.space.data = place + -place % _ALIGN
+        ready.room[0] = size
+        cuda.use_stream(self._device, kind.stream())
+        ready.call()
+        del space
 
     def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
         return int(bound[name].address)

@@ -168,8 +168,15 @@ def _named(backend: Backend, name: str, spec: MoESpec, target: Target) -> list[S
 
 
 def _cover(chosen: list[Schedule], spec: MoESpec) -> Chosen:
-    """Stretch the ranges so that every T has a schedule, whichever were chosen."""
-    lows = {s.name: found.low for s in chosen if (found := s.range(spec))}
+    """Stretch the ranges so that every T has a schedule, whichever were chosen.
+
+    Of schedules for the same T the first gets it, the others are there by name.
+    """
+    lows: dict[str, int] = {}
+    for s in chosen:
+        found = s.range(spec)
+        if found and found.low not in lows.values():
+            lows[s.name] = found.low
     if not lows:
         lows = {chosen[0].name: 0}
     names = sorted(lows, key=lows.__getitem__)

@@ -1,12 +1,7 @@
-"""Compile the cases and compute what they must give: `python -m tests.gpu.make DIR`.
-
-Inputs are drawn anew on the GPU machine from the same seeds; a digest tells whether they are
-the same. Of many tokens the reference computes a sample of rows: no row depends on another.
-"""
+"""Compile the cases and compute what they must give: `python -m tests.gpu.make DIR`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,58 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from moec.spec import MoESpec
-from tests.blocks import DTYPES, Small, build
+from tests.blocks import Small, build
 
-from . import cases
+from . import cases, families
+from .data import ROUTINGS, digest, inputs, sample
 
-ARTIFACTS = {
-    "hopper": ("cuda:sm_90a", cases.CASES),
-    "portable": ("cuda:compute_80", cases.PORTABLE),
-}
-ROWS = 48
 Array = np.ndarray[Any, Any]
-
-
-def inputs(spec: MoESpec, tokens: int) -> dict[str, Array]:
-    """x, shared_x [T, H] in the model's dtype, token_ids [T], weights [T, K], and four ids [T, K].
-
-    ids "random" repeat experts within a token, "two" leave all others empty, "outside" name
-    what no expert has; "single" is one expert for all.
-    """
-    random, e = np.random.default_rng(tokens), spec.experts
-    known = e.num_experts + e.zero_experts
-    shape = (tokens, e.top_k)
-
-    def ids(low: int, high: int) -> Array:
-        return random.integers(low, high, shape).astype(np.int32)
-
-    return {
-        "x": random.standard_normal((tokens, e.hidden_size)).astype(DTYPES[spec.dtype]),
-        "shared_x": random.standard_normal((tokens, e.hidden_size)).astype(DTYPES[spec.dtype]),
-        "token_ids": random.integers(0, 50, tokens).astype(np.int32),
-        "weights": random.uniform(-1.0, 1.0, shape).astype(np.float32),
-        "random": ids(0, known),
-        "two": ids(0, min(2, known)),
-        "outside": ids(-3, known + 3),
-        "single": np.full(shape, e.num_experts - 1, np.int32),
-    }
-
-
-ROUTINGS = ("random", "two", "outside", "single")
-
-
-def digest(given: dict[str, Array]) -> str:
-    """What tells equal inputs from others."""
-    raw = b"".join(np.ascontiguousarray(a).tobytes() for a in given.values())
-    return hashlib.sha256(raw).hexdigest()[:16]
-
-
-def sample(tokens: int) -> Array:
-    """The rows that are compared, ascending."""
-    if tokens <= ROWS:
-        return np.arange(tokens)
-    return np.sort(np.random.default_rng(tokens + 1).permutation(tokens)[:ROWS])
 
 
 def expected(small: Small, tokens: int) -> dict[str, Array]:
@@ -89,8 +38,9 @@ def expected(small: Small, tokens: int) -> dict[str, Array]:
 def make(out: Path) -> None:
     """Write an artifact for each target, and the expected results of its layers."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, (target, table) in ARTIFACTS.items():
-        made = build(list(table.values()), out / f"{name}.moec", target)
+    for name, (target, table) in cases.ARTIFACTS.items():
+        blocks = [Small(spec, schedules) for spec, schedules in table.values()]
+        made = build(blocks, out / f"{name}.moec", target)
         results = {
             f"{n}/{tokens}/{key}": value
             for n, small in enumerate(made)
@@ -105,3 +55,4 @@ def make(out: Path) -> None:
 
 if __name__ == "__main__":
     make(Path(sys.argv[1]))
+    families.make(Path(sys.argv[1]) / "families")

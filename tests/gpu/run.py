@@ -15,7 +15,7 @@ import torch
 
 import moec
 
-from .make import digest, inputs
+from .data import digest, inputs
 
 Array = np.ndarray[Any, Any]
 POISON = 0xFF  # NaN in every float type, -1 in int32

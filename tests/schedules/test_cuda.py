@@ -186,6 +186,15 @@ def test_a_named_schedule_that_does_not_fit_is_refused(
         lowered(spec, name)
 
 
+def test_schedules_for_the_same_tokens_leave_no_empty_range() -> None:
+    names = ("mma16", "gather", "stream16", "mma64", "simple")
+    chosen = choose(backend("cuda"), names, block(), target.resolve("cuda:sm_90a"))
+    assert {s.name: str(tokens) for s, tokens in chosen} == {
+        "mma16": "T < 8", "gather": "None", "stream16": "8 <= T < 64", "mma64": "T >= 64",
+        "simple": "None",
+    }  # fmt: skip
+
+
 def test_hopper_kernels_are_refused_elsewhere() -> None:
     with pytest.raises(TargetError, match="sm_80 has no wgmma"):
         lowered(block(), "prefill", arch="sm_80")

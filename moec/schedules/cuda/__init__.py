@@ -157,7 +157,7 @@ SCHEDULES = {
 
 
 def _open(spec: MoESpec, target: Target, prefix: str) -> CudaLowering:
-    return CudaLowering(spec, prefix)
+    return CudaLowering(spec, prefix, target.isa == _HOPPER)
 
 
 def _packing(

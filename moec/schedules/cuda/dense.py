@@ -11,6 +11,37 @@ from .activation import device_function
 from .intrinsics import LOAD_ONE, fresh, load8, round_to
 
 WARPS, GROUP = 8, 8
+STEPS = 4  # of 256 columns whose loads are in flight together
+
+
+@T.inline
+def dots(x, weight, acc, wv, xv, t0, n, tokens, outer, inner, halves, lane):
+    """acc[t * halves + h] += a part of row t0 + t of `x` times row n + h * outer of `weight`.
+
+    The part of columns lane * 8, lane * 8 + 256, ...; `wv` and `xv` hold STEPS * 8 (* halves)
+    floats. Loads of several steps come before the first use: each is a trip to memory.
+    """
+    for block in T.serial((inner + STEPS * 256 - 1) // (STEPS * 256)):
+        for s in T.unroll(STEPS):
+            for h in T.unroll(halves):
+                c: T.int32 = ((block * STEPS + s) * 32 + lane) * 8
+                if c < inner:
+                    load8(wv.ptr_to([(s * halves + h) * 8]), weight.ptr_to([n + h * outer, c]))
+        for t in T.unroll(GROUP):
+            if t0 + t < tokens:
+                for s in T.unroll(STEPS):
+                    c: T.int32 = ((block * STEPS + s) * 32 + lane) * 8
+                    if c < inner:
+                        load8(xv.ptr_to([s * 8]), x.ptr_to([t0 + t, c]))
+                for s in T.unroll(STEPS):
+                    c: T.int32 = ((block * STEPS + s) * 32 + lane) * 8
+                    if c < inner:
+                        for h in T.unroll(halves):
+                            for i in T.unroll(8):
+                                acc[t * halves + h] = (
+                                    acc[t * halves + h]
+                                    + xv[s * 8 + i] * wv[(s * halves + h) * 8 + i]
+                                )
 
 
 @dataclass(frozen=True)
@@ -56,22 +87,12 @@ def few(symbol: str, spec: Few) -> Kernel:
         t0: T.int32 = bx // NB * GROUP
         n: T.int32 = bx % NB * WARPS + tid // 32
         acc = T.alloc_local((GROUP * HALVES,), "float32")
-        wv = T.alloc_local((HALVES * 8,), "float32")
-        xv = T.alloc_local((8,), "float32")
+        wv = T.alloc_local((STEPS * HALVES * 8,), "float32")
+        xv = T.alloc_local((STEPS * 8,), "float32")
         for i in T.unroll(GROUP * HALVES):
             acc[i] = T.float32(0)
         if n < N:
-            for step in T.serial((K // 8 + 31) // 32):
-                c: T.int32 = (step * 32 + lane) * 8
-                if c < K:
-                    for h in T.unroll(HALVES):
-                        load8(wv.ptr_to([h * 8]), WEIGHT.ptr_to([n + h * N, c]))
-                    for t in T.unroll(GROUP):
-                        if t0 + t < NT:
-                            load8(xv.ptr_to([0]), X.ptr_to([t0 + t, c]))
-                            for h in T.unroll(HALVES):
-                                for i in T.unroll(8):
-                                    acc[t * HALVES + h] = acc[t * HALVES + h] + xv[i] * wv[h * 8 + i]
+            dots(X, WEIGHT, acc, wv, xv, t0, n, NT, N, K, HALVES, lane)
             for t in T.unroll(GROUP):
                 if t0 + t < NT:
                     for h in T.unroll(HALVES):

@@ -39,4 +39,4 @@ def expert_loop(
             for kernel, order in steps:
                 own = [places[i] for i in order]
                 T.evaluate(T.call_cpacked(kernel.symbol, *own, tokens, e))
-    return Kernel(symbol, args, ib.get())
+    return Kernel(symbol, args, ib.get(), needs=tuple(k.symbol for k, _ in steps))

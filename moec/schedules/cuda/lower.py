@@ -63,15 +63,16 @@ class _Made:
     tiles: dict[Any, list[Any]] = field(default_factory=dict)  # sort -> its results
     ids: dict[Any, Any] = field(default_factory=dict)  # sort -> topk_ids
     rows: dict[Any, tuple[Any, Any, float]] = field(default_factory=dict)  # -> ids, weights, scale
+    few: dict[Any, tuple[Any, list[Any]]] = field(default_factory=dict)  # -> spec, operands
     each: dict[Any, Any] = field(default_factory=dict)  # rows that sum_rows will sum -> ids
 
 
 class CudaLowering(Lowering):
-    """Legalization of one block."""
+    """Legalization of one block; `clusters`: the GPU has clusters of blocks (Hopper)."""
 
-    def __init__(self, spec: MoESpec, prefix: str) -> None:
+    def __init__(self, spec: MoESpec, prefix: str, clusters: bool) -> None:
         super().__init__(prefix)
-        self.spec = spec
+        self.spec, self.clusters = spec, clusters
 
     def table(self, config: Any) -> Mapping[str, Legalize]:
         """The legalize map of one schedule."""
@@ -183,6 +184,10 @@ class _Table:
             few = dense.Few(inner, outer, x_dtype, w_dtype, *epilogue)
             kernel = self.own.kernel(weight.name, (few,), lambda s: dense.few(s, few))
             operands = [x, *given]
+            result = self._call(bb, kernel, operands, call, call.ty)[0]
+            if self.own.clusters and act is None and out == "float32":
+                self.made.few[self._behind(bb, result)] = few, operands
+            return result
         elif self.config.family != "simple" and (
             x_dtype == w_dtype and x_dtype in TENSOR_DTYPES and inner % 8 == outer % 2 == 0
         ):
@@ -201,8 +206,12 @@ class _Table:
     def _route(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = route.OP.bind(call), attributes(call)
         spec, dtype, logits = route.spec_of(attrs), str(attrs["dtype"]), args["logits"]
-        kernel = self.own.kernel("route", (spec,), lambda s: route_kernel.route(s, spec, dtype))
-        operands = [logits, *(args.get(name, logits) for name in route_kernel.OPERANDS)]
+        # The router's matmul moves into this launch; what computed the logits is dropped.
+        linear, matmul = self.made.few.get(self._behind(bb, logits), (None, [logits] * 3))
+        kernel = self.own.kernel(
+            "route", (spec, linear), lambda s: route_kernel.route(s, spec, dtype, linear)
+        )
+        operands = [*matmul, *(args.get(name, logits) for name in route_kernel.OPERANDS)]
         return relax.Tuple(self._call(bb, kernel, operands, logits, call.ty)[:2])
 
     def _sort(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:

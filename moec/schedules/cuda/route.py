@@ -1,5 +1,8 @@
 """From router logits to topk_ids and topk_weights: every variant of RouterSpec, a warp a token.
 
+On Hopper the router's matmul may be in the same launch: a cluster of blocks computes the logits
+of eight tokens, and when all of them are there one of its blocks selects.
+
 The order of operations and the roundings are those of `ops.reference.route`. Among equal
 values the lowest expert id wins. Ids are in [0, E), whatever the logits hold, unless they come
 out of a token table.
@@ -22,25 +25,39 @@ from ...spec import (
     WeightSource,
 )
 from ..buffers import Buf, Kernel, PerToken
+from . import dense
 from .intrinsics import fresh, round_to
 
-WARPS = 4
+WARPS, CLUSTER = 4, 8
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 # The operands after the logits, by the names that ops.route has for them.
 OPERANDS = ("selection_bias", "per_expert_scale", "global_scale", "token_ids", "token_table")
 _NONE = 0x7FFFFFFF
+# T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.
+_CLUSTER_SYNC = """
+__forceinline__ __device__ void moec_cluster_sync() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+"""
 _NUMPY = {"bfloat16": bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
+def route(symbol: str, spec: RouterSpec, dtype: str, linear: dense.Few | None = None) -> Kernel:
     """logits [T, E] f32 and the operands of ops.route -> topk_ids, topk_weights [T, K].
 
+    With `linear` the operands begin with x [T, H], weight and bias of that matmul instead, and
+    the logits are scratch.
     `dtype` is the model's dtype (Precision.MODEL). Operands that `spec` does without are
     there, unread: any buffer stands in their place. A token outside of the token table gets
     ids of -1.
     """
     E, K = spec.num_experts, spec.top_k
     FREE, PICKED = spec.selectable, spec.selected
+    FUSED, MATMUL = linear is not None, linear or dense.Few(8, E, "float32", "float32", "float32")
+    H, XDT, RDT = MATMUL.inner, MATMUL.x_dtype, MATMUL.dtype
+    ROWS_A_BLOCK = dense.GROUP if FUSED else WARPS  # tokens, a warp each
     TABLE, VOCAB = spec.selection is Selection.TOKEN_TABLE, max(spec.vocab_size, 1)
     VPL = -(-E // 32)
     LDT = dtype if spec.logits_dtype is Precision.MODEL else "float32"
@@ -66,10 +83,13 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
 
     # fmt: off
     @T.prim_func
-    def kernel(logits_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), global_p: T.handle("float32"), tokens_p: T.handle("int32"), table_p: T.handle("int32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
+    def kernel(x_p: T.handle(XDT), router_p: T.handle(RDT), offset_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), global_p: T.handle("float32"), tokens_p: T.handle("int32"), table_p: T.handle("int32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), made_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
-        LOGITS = T.decl_buffer((NT * E,), "float32", data=logits_p)
+        X = T.decl_buffer((NT, H), XDT, data=x_p)
+        ROUTER = T.decl_buffer((E, H), RDT, data=router_p)
+        OFFSET = T.decl_buffer((E,), "float32", data=offset_p)
+        LOGITS = T.decl_buffer((NT * E,), "float32", data=made_p if FUSED else x_p)
         SEL_BIAS = T.decl_buffer((FREE,), "float32", data=bias_p)
         EXP_SCALE = T.decl_buffer((E,), "float32", data=scale_p)
         GLOBAL = T.decl_buffer((1,), "float32", data=global_p)
@@ -78,17 +98,42 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
         IDS = T.decl_buffer((NT * K,), "int32", data=ids_p)
         W = T.decl_buffer((NT * K,), "float32", data=w_p)
         T.device_entry()
-        bx = T.cta_id([(NT + WARPS - 1) // WARPS])
-        tid = T.thread_id([WARPS * 32])
+        bx = T.cta_id([(NT + ROWS_A_BLOCK - 1) // ROWS_A_BLOCK * (CLUSTER if FUSED else 1)])
+        if FUSED:
+            rank = T.cta_id_in_cluster([CLUSTER])
+        tid = T.thread_id([ROWS_A_BLOCK * 32])
         wid: T.int32 = tid // 32
         lane = T.meta_var(tid % 32)
         pool = T.SMEMPool()
-        score = pool.alloc((WARPS, E), "float32", align=16)
-        choice = pool.alloc((WARPS, E), "float32", align=16)
+        score = pool.alloc((ROWS_A_BLOCK, E), "float32", align=16)
+        choice = pool.alloc((ROWS_A_BLOCK, E), "float32", align=16)
         pool.commit()
         T.ptx.griddepcontrol.launch_dependents()
         T.ptx.griddepcontrol.wait()
         t: T.int32 = bx * WARPS + wid
+        if FUSED:
+            t0: T.int32 = bx // CLUSTER * dense.GROUP
+            t = NT
+            acc8 = T.alloc_local((dense.GROUP,), "float32")
+            wv = T.alloc_local((dense.STEPS * 8,), "float32")
+            xv = T.alloc_local((dense.STEPS * 8,), "float32")
+            n: T.int32 = bx % CLUSTER * dense.GROUP + wid
+            while n < E:
+                for i in T.unroll(dense.GROUP):
+                    acc8[i] = T.float32(0)
+                dense.dots(X, ROUTER, acc8, wv, xv, t0, n, NT, E, H, 1, lane)
+                for i in T.unroll(dense.GROUP):
+                    if t0 + i < NT:
+                        for d in T.unroll(5):
+                            acc8[i] = acc8[i] + T.cuda.__shfl_xor_sync(T.uint32(FULL), acc8[i], 1 << d, 32)
+                        if lane == 0:
+                            if MATMUL.bias:
+                                acc8[i] = acc8[i] + OFFSET[n]
+                            LOGITS[(t0 + i) * E + n] = acc8[i]
+                n += CLUSTER * dense.GROUP
+            T.cuda.func_call("moec_cluster_sync", source_code=_CLUSTER_SYNC)
+            if bx % CLUSTER == 0:
+                t = t0 + wid
         v = T.alloc_local((VPL,), "float32")          # logits, then what is selected from
         gs = T.alloc_local((GPL,), "float32")
         best: T.float32
@@ -288,8 +333,15 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                 IDS[t * K + lane] = my_id
                 W[t * K + lane] = round_to(my_w, WDT)
     # fmt: on
+    logits = Buf("logits", (PerToken(), E), "float32")
+    matmul = (
+        Buf("x", (PerToken(), H), XDT, True),
+        Buf("router", (E, H), RDT),
+        Buf("router_bias", (E,), "float32"),
+    )
+    unread = Buf("unread", (1,), "float32")
     args = (
-        Buf("logits", (PerToken(), E), "float32"),
+        *(matmul if FUSED else (logits, unread, unread)),
         Buf("selection_bias", (FREE,), "float32"),
         Buf("per_expert_scale", (E,), "float32"),
         Buf("global_scale", (1,), "float32"),
@@ -297,5 +349,6 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
         Buf("token_table", (VOCAB, K), "int32"),
         Buf("topk_ids", (PerToken(), K), "int32", True),
         Buf("topk_weights", (PerToken(), K), "float32", True),
+        logits if FUSED else unread,
     )
     return Kernel(symbol, args, kernel)
