@@ -43,6 +43,7 @@ class GpuCall(Call):
         self._torch: Any = None  # torch as it was when `_dtypes` and `_kind` were made
         self._dtypes: dict[str, Any] = {}
         self._kind: Any = None
+        self._current: Any = None  # asks for the current device
 
     def __call__(
         self, args: Sequence[Any], out: Any = None, schedule: str | None = None
@@ -60,16 +61,23 @@ class GpuCall(Call):
             ports = (*self._inputs, *self._outputs)
             self._dtypes = {p.dtype: getattr(torch, p.dtype) for p in ports}
             self._kind, self._torch = torch_kind(torch, self._device), torch
+            self._current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
         first = args[0]
         tokens = first.shape[0] if type(first) is torch.Tensor and first.dim() else 0
-        if not tokens or torch.cuda.current_device() != self._device:
+        if not tokens or self._current() != self._device:
             return None
-        inputs = [self._place(p, a, tokens) for p, a in zip(self._inputs, args, strict=True)]
+        try:
+            inputs = [self._place(p, a, tokens) for p, a in zip(self._inputs, args, strict=True)]
+            place = 0 if out is None else self._place(self._outputs[0], out, tokens)
+        except RuntimeError:  # sparse and nested tensors do not even say whether they fit
+            return None
+        if 0 in inputs:
+            return None
         if out is None:
             results, outputs = self._make(self._kind, tokens)
+        elif place and self._apart(inputs, place, tokens):
+            results, outputs = [out], [place]
         else:
-            results, outputs = [out], [self._place(self._outputs[0], out, tokens)]
-        if not all(inputs) or not all(outputs) or not self._apart(inputs, outputs, tokens):
             return None
         self._launch(self._choose(tokens, schedule), tokens, inputs, outputs, self._kind)
         return results
@@ -80,8 +88,6 @@ class GpuCall(Call):
         if (
             type(tensor) is not torch.Tensor
             or tensor.dtype is not self._dtypes[port.dtype]
-            or tensor.layout is not torch.strided
-            or tensor.is_nested
             or tensor.get_device() != self._device
             or tensor.shape != (tokens, *port.tail)
             or tensor.requires_grad
@@ -92,13 +98,13 @@ class GpuCall(Call):
         place: int = tensor.data_ptr()
         return 0 if place % ALIGNMENT else place
 
-    def _apart(self, inputs: list[int], outputs: list[int], tokens: int) -> bool:
-        """Whether the first output overlaps no input; others are always memory of their own."""
-        place, size = outputs[0], self._outputs[0].row * tokens
-        return all(
-            place >= given + port.row * tokens or given >= place + size
-            for port, given in zip(self._inputs, inputs, strict=True)
-        )
+    def _apart(self, inputs: list[int], place: int, tokens: int) -> bool:
+        """Whether an output at `place` overlaps no input."""
+        end = place + self._outputs[0].row * tokens
+        for port, given in zip(self._inputs, inputs, strict=True):
+            if place < given + port.row * tokens and given < end:
+                return False
+        return True
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)

@@ -147,7 +147,7 @@ CASES: dict[str, Row] = {
     ),
     "one expert": (block("bfloat16", 1, 1, 128, 64), ("gather", *SOME)),
     "many experts": (
-        block("bfloat16", 384, 8, 128, 64), ("gather", "stream16", "stream160", "prefill")
+        block("bfloat16", 384, 8, 64, 64), ("gather", "stream16", "stream160", "prefill")
     ),
     "no gate, clamped after": (
         block("float16", 7, 3, 128, 64, ActivationSpec(Nonlinearity.RELU, clamp=Clamp.AFTER,

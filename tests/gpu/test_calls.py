@@ -102,14 +102,18 @@ def launches(call: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "most"), [(1, 2), (7, 2), (16, 4), (50, 4), (150, 4), (700, 5), (2048, 5)]
-)
-def test_launches(swiglu: Case, tokens: int, most: int) -> None:
-    """Experts; then route, which adds the router's matmul and the selection."""
+    ("schedule", "tokens", "count"),
+    [
+        ("gather", 1, 2), ("gather", 8, 2), ("stream16", 16, 4), ("stream32", 50, 4),
+        ("stream64", 150, 4), ("stream160", 700, 5), ("prefill", 2048, 5), ("loop", 33, 35),
+    ],
+)  # fmt: skip
+def test_launches(swiglu: Case, schedule: str, tokens: int, count: int) -> None:
+    """Experts; then the block, where router and selection are one more launch."""
     given = swiglu.inputs(2048)
     x, ids, weights = (given[name][:tokens].contiguous() for name in ("x", "random", "weights"))
-    assert launches(lambda: swiglu.block.experts(x, ids, weights)) == most
-    assert launches(lambda: swiglu.block(x)) == most + 2
+    assert launches(lambda: swiglu.block.experts(x, ids, weights, schedule=schedule)) == count
+    assert launches(lambda: swiglu.block(x, schedule=schedule)) == count + 1
 
 
 def test_rows_do_not_depend_on_their_neighbours(swiglu: Case) -> None:
