@@ -211,7 +211,7 @@ class _Table:
         kernel = self.own.kernel(
             "route", (spec, linear), lambda s: route_kernel.route(s, spec, dtype, linear)
         )
-        operands = [*matmul, *(args.get(name, logits) for name in route_kernel.OPERANDS)]
+        operands = [*matmul, *(args.get(name, matmul[0]) for name in route_kernel.OPERANDS)]
         return relax.Tuple(self._call(bb, kernel, operands, logits, call.ty)[:2])
 
     def _sort(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
