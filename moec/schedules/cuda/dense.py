@@ -1,4 +1,4 @@
-"""What surrounds the experts of a block: dense matmuls by warps, RMSNorm, small helpers."""
+"""What surrounds the experts of a block: matmuls of mixed dtypes, RMSNorm, routing weights."""
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
 from dataclasses import dataclass

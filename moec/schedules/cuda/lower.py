@@ -24,7 +24,7 @@ from ...ops.define import OpDef, attributes, dtype_of
 from ...spec import ActivationSpec, MoESpec, SharedGate
 from ..buffers import Kernel
 from ..program import Legalize, Lowering, origin
-from . import decode, dense, finish, loop, mma, prefill, simple, stream
+from . import decode, dense, finish, loop, mma, prefill, simple, stream, thin
 from . import route as route_kernel
 from . import sort as sort_kernel
 from .shapes import Matmul
@@ -63,7 +63,7 @@ class _Made:
     tiles: dict[Any, list[Any]] = field(default_factory=dict)  # sort -> its results
     ids: dict[Any, Any] = field(default_factory=dict)  # sort -> topk_ids
     rows: dict[Any, tuple[Any, Any, float]] = field(default_factory=dict)  # -> ids, weights, scale
-    few: dict[Any, tuple[Any, list[Any]]] = field(default_factory=dict)  # -> spec, operands
+    thin: dict[Any, tuple[Any, list[Any]]] = field(default_factory=dict)  # -> spec, operands
     each: dict[Any, Any] = field(default_factory=dict)  # rows that sum_rows will sum -> ids
 
 
@@ -180,17 +180,20 @@ class _Table:
         epilogue = (out, bias is not None, gated, act)
         top_k, rows_a_tile = self.spec.experts.top_k, self.config.tile_rows
         narrow = outer <= _THIN or (not gated and outer <= _NARROW and rows_a_tile <= 64)
+        tensor_cores = x_dtype == w_dtype and x_dtype in TENSOR_DTYPES and inner % 8 == 0
+        if tensor_cores and (self.config.few or narrow):
+            slim = thin.Thin(inner, outer, x_dtype, *epilogue)
+            kernel = self.own.kernel(weight.name, (slim,), lambda s: thin.few(s, slim))
+            operands = [x, *given]
+            result = self._call(bb, kernel, operands, call, call.ty)[0]
+            if self.own.clusters and act is None and out == "float32":
+                self.made.thin[self._behind(bb, result)] = slim, operands
+            return result
         if inner % 8 == 0 and (self.config.few or narrow):
             few = dense.Few(inner, outer, x_dtype, w_dtype, *epilogue)
             kernel = self.own.kernel(weight.name, (few,), lambda s: dense.few(s, few))
             operands = [x, *given]
-            result = self._call(bb, kernel, operands, call, call.ty)[0]
-            if self.own.clusters and act is None and out == "float32":
-                self.made.few[self._behind(bb, result)] = few, operands
-            return result
-        elif self.config.family != "simple" and (
-            x_dtype == w_dtype and x_dtype in TENSOR_DTYPES and inner % 8 == outer % 2 == 0
-        ):
+        elif tensor_cores and self.config.family != "simple" and outer % 2 == 0:
             tiles = mma.SMALL if rows_a_tile <= 32 else mma.LARGE
             tensor = mma.Mma(0, top_k, inner, outer, x_dtype, *epilogue)
             kernel = self.own.kernel(
@@ -207,7 +210,7 @@ class _Table:
         args, attrs = route.OP.bind(call), attributes(call)
         spec, dtype, logits = route.spec_of(attrs), str(attrs["dtype"]), args["logits"]
         # The router's matmul moves into this launch; what computed the logits is dropped.
-        linear, matmul = self.made.few.get(self._behind(bb, logits), (None, [logits] * 3))
+        linear, matmul = self.made.thin.get(self._behind(bb, logits), (None, [logits] * 3))
         kernel = self.own.kernel(
             "route", (spec, linear), lambda s: route_kernel.route(s, spec, dtype, linear)
         )

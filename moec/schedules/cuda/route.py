@@ -25,7 +25,7 @@ from ...spec import (
     WeightSource,
 )
 from ..buffers import Buf, Kernel, PerToken
-from . import dense
+from . import thin
 from .intrinsics import fresh, round_to
 
 WARPS, CLUSTER = 4, 8
@@ -44,7 +44,7 @@ __forceinline__ __device__ void moec_cluster_sync() {
 _NUMPY = {"bfloat16": bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def route(symbol: str, spec: RouterSpec, dtype: str, linear: dense.Few | None = None) -> Kernel:
+def route(symbol: str, spec: RouterSpec, dtype: str, linear: thin.Thin | None = None) -> Kernel:
     """logits [T, E] f32 and the operands of ops.route -> topk_ids, topk_weights [T, K].
 
     With `linear` the operands begin with x [T, H], weight and bias of that matmul instead, and
@@ -55,9 +55,9 @@ def route(symbol: str, spec: RouterSpec, dtype: str, linear: dense.Few | None = 
     """
     E, K = spec.num_experts, spec.top_k
     FREE, PICKED = spec.selectable, spec.selected
-    FUSED, MATMUL = linear is not None, linear or dense.Few(8, E, "float32", "float32", "float32")
-    H, XDT, RDT = MATMUL.inner, MATMUL.x_dtype, MATMUL.dtype
-    ROWS_A_BLOCK = dense.GROUP if FUSED else WARPS  # tokens, a warp each
+    FUSED, MATMUL = linear is not None, linear or thin.Thin(8, E, "bfloat16", "float32")
+    H, XDT, MMA, TURNS = MATMUL.inner, MATMUL.dtype, MATMUL.mma, MATMUL.turns
+    ROWS_A_BLOCK = thin.GROUP if FUSED else WARPS  # tokens, a warp each
     TABLE, VOCAB = spec.selection is Selection.TOKEN_TABLE, max(spec.vocab_size, 1)
     VPL = -(-E // 32)
     LDT = dtype if spec.logits_dtype is Precision.MODEL else "float32"
@@ -83,11 +83,11 @@ def route(symbol: str, spec: RouterSpec, dtype: str, linear: dense.Few | None = 
 
     # fmt: off
     @T.prim_func
-    def kernel(x_p: T.handle(XDT), router_p: T.handle(RDT), offset_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), global_p: T.handle("float32"), tokens_p: T.handle("int32"), table_p: T.handle("int32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), made_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
+    def kernel(x_p: T.handle(XDT), router_p: T.handle(XDT), offset_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), global_p: T.handle("float32"), tokens_p: T.handle("int32"), table_p: T.handle("int32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), made_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
         X = T.decl_buffer((NT, H), XDT, data=x_p)
-        ROUTER = T.decl_buffer((E, H), RDT, data=router_p)
+        ROUTER = T.decl_buffer((E, H), XDT, data=router_p)
         OFFSET = T.decl_buffer((E,), "float32", data=offset_p)
         LOGITS = T.decl_buffer((NT * E,), "float32", data=made_p if FUSED else x_p)
         SEL_BIAS = T.decl_buffer((FREE,), "float32", data=bias_p)
@@ -107,30 +107,45 @@ def route(symbol: str, spec: RouterSpec, dtype: str, linear: dense.Few | None = 
         pool = T.SMEMPool()
         score = pool.alloc((ROWS_A_BLOCK, E), "float32", align=16)
         choice = pool.alloc((ROWS_A_BLOCK, E), "float32", align=16)
+        if FUSED:
+            parts = pool.alloc((thin.WARPS, 32, 4), "float32", align=16)
         pool.commit()
-        T.ptx.griddepcontrol.launch_dependents()
-        T.ptx.griddepcontrol.wait()
         t: T.int32 = bx * WARPS + wid
         if FUSED:
-            t0: T.int32 = bx // CLUSTER * dense.GROUP
+            t0: T.int32 = bx // CLUSTER * thin.GROUP
             t = NT
-            acc8 = T.alloc_local((dense.GROUP,), "float32")
-            wv = T.alloc_local((dense.STEPS * 8,), "float32")
-            xv = T.alloc_local((dense.STEPS * 8,), "float32")
-            n: T.int32 = bx % CLUSTER * dense.GROUP + wid
-            while n < E:
-                for i in T.unroll(dense.GROUP):
-                    acc8[i] = T.float32(0)
-                dense.dots(X, ROUTER, acc8, wv, xv, t0, n, NT, E, H, 1, lane)
-                for i in T.unroll(dense.GROUP):
-                    if t0 + i < NT:
-                        for d in T.unroll(5):
-                            acc8[i] = acc8[i] + T.cuda.__shfl_xor_sync(T.uint32(FULL), acc8[i], 1 << d, 32)
-                        if lane == 0:
-                            if MATMUL.bias:
-                                acc8[i] = acc8[i] + OFFSET[n]
-                            LOGITS[(t0 + i) * E + n] = acc8[i]
-                n += CLUSTER * dense.GROUP
+            sums = T.alloc_local((4,), "float32")
+            rows = T.alloc_local((thin.AHEAD * 8,), "uint32")
+            cols = T.alloc_local((thin.AHEAD * 4,), "uint32")
+            token: T.int32 = T.min(t0 + lane // 4, NT - 1)
+            n0: T.int32 = bx % CLUSTER * thin.ROWS
+            thin.load(ROUTER, T.min(n0 + lane // 4, E - 1), rows, 0, 8, 0, H, wid, lane)
+            thin.load(ROUTER, T.min(n0 + lane // 4 + 8, E - 1), rows, 4, 8, 0, H, wid, lane)
+        T.ptx.griddepcontrol.wait()
+        T.ptx.griddepcontrol.launch_dependents()
+        if FUSED:
+            while n0 < E:
+                for i in T.unroll(4):
+                    sums[i] = T.float32(0)
+                for turn in T.serial(TURNS):
+                    if n0 >= CLUSTER * thin.ROWS or turn > 0:
+                        thin.load(ROUTER, T.min(n0 + lane // 4, E - 1), rows, 0, 8, turn, H, wid, lane)
+                        thin.load(ROUTER, T.min(n0 + lane // 4 + 8, E - 1), rows, 4, 8, turn, H, wid, lane)
+                    thin.load(X, token, cols, 0, 4, turn, H, wid, lane)
+                    thin.multiply(sums, rows, cols, MMA)
+                thin.share(sums, parts, wid, lane)
+                if tid < 128:
+                    one: T.float32 = T.float32(0)
+                    for w in T.unroll(thin.WARPS):
+                        one = one + parts[w, tid // 4, tid % 4]
+                    n: T.int32 = n0 + tid // 16 + tid % 4 // 2 * 8
+                    to: T.int32 = t0 + tid // 4 % 4 * 2 + tid % 2
+                    if n < E and to < NT:
+                        if MATMUL.bias:
+                            one = one + OFFSET[n]
+                        LOGITS[to * E + n] = one
+                T.cuda.cta_sync()
+                n0 += CLUSTER * thin.ROWS
             T.cuda.func_call("moec_cluster_sync", source_code=_CLUSTER_SYNC)
             if bx % CLUSTER == 0:
                 t = t0 + wid
@@ -336,7 +351,7 @@ def route(symbol: str, spec: RouterSpec, dtype: str, linear: dense.Few | None = 
     logits = Buf("logits", (PerToken(), E), "float32")
     matmul = (
         Buf("x", (PerToken(), H), XDT, True),
-        Buf("router", (E, H), RDT),
+        Buf("router", (E, H), XDT),
         Buf("router_bias", (E,), "float32"),
     )
     unread = Buf("unread", (1,), "float32")
