@@ -41,7 +41,7 @@ def _any(spec: MoESpec, target: Target) -> str | None:
     return None
 
 
-def _tensor_cores(spec: MoESpec, target: Target) -> str | None:
+def _any_tensor_cores(spec: MoESpec, target: Target) -> str | None:
     """What neither wgmma nor mma.sync takes."""
     e, dtypes = spec.experts, {n: p.dtype for n, p in spec.parameters().items()}
     if reason := _any(spec, target):
@@ -56,15 +56,15 @@ def _tensor_cores(spec: MoESpec, target: Target) -> str | None:
     return None
 
 
-def _hopper(spec: MoESpec, target: Target) -> str | None:
+def _tensor_cores(spec: MoESpec, target: Target) -> str | None:
     if target.isa != _HOPPER:
         return f"{target.isa} has no wgmma or no TMA, {_HOPPER} has"
-    return _tensor_cores(spec, target)
+    return _any_tensor_cores(spec, target)
 
 
 def _decode(spec: MoESpec, target: Target) -> str | None:
     e = spec.experts
-    if reason := _hopper(spec, target):
+    if reason := _tensor_cores(spec, target):
         return reason
     if spec.router.apply_to is ApplyTo.INPUT:
         return "the routing weight multiplies the input of the experts"
@@ -78,7 +78,7 @@ def _decode(spec: MoESpec, target: Target) -> str | None:
 
 
 def _plain(spec: MoESpec, target: Target) -> str | None:
-    if _tensor_cores(spec, target) is None:
+    if _any_tensor_cores(spec, target) is None:
         return "the tensor-core kernels compute this block"
     return _any(spec, target)
 
@@ -99,7 +99,7 @@ def _stream(config: StreamConfig, rows: float, blocks: bool = False) -> Schedule
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
         _FOLDED, CudaConfig("stream", config, config, config.rows, grain, blocks),
-        TokenRange(_DECODE), True, _hopper, _from(rows),
+        TokenRange(_DECODE), True, _tensor_cores, _from(rows),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _portable(
     return Schedule(
         name, "cuda", f"mma.sync and cp.async, tiles of {tiles.rows} tokens: before Hopper",
         _FOLDED, CudaConfig("mma", tiles, tiles, tiles.rows, blocks=tiles.rows > 32),
-        tokens, True, _tensor_cores, span, frozenset({_HOPPER}),
+        tokens, True, _any_tensor_cores, span, frozenset({_HOPPER}),
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ SCHEDULES = {
         Schedule(
             "prefill", "cuda", "persistent warp-specialised wgmma, tiles of 128 tokens",
             _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, blocks=True),
-            TokenRange(_DECODE), True, _hopper, _from(384.0),
+            TokenRange(_DECODE), True, _tensor_cores, _from(384.0),
         ),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
