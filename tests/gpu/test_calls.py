@@ -162,3 +162,15 @@ def test_devices_that_do_not_fit_are_refused(folder: Path) -> None:
         moec.load(folder / "hopper.moec", device="cuda:99")
     with pytest.raises(TargetError, match="sm_90a"):
         moec.load(folder / "hopper.moec", device="cpu")
+
+
+def test_an_artifact_for_another_gpu_says_what_it_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moec.runtime import cuda
+
+    monkeypatch.setattr(cuda, "architecture", lambda device: "sm_80")
+    with pytest.raises(TargetError) as caught:
+        moec.load(folder / "hopper.moec", device="cuda:0")
+    assert caught.value.need == "cuda-sm_90a: holds code for sm_90a, cuda:0 is sm_80"
+    assert "cuda:compute_80" in str(caught.value.hint)

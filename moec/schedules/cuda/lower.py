@@ -263,7 +263,7 @@ class _Table:
         """(x, weights) of the first matmul where the routing weight may multiply its input.
 
         The plain kernel multiplies by itself; tensor cores read rows that are multiplied
-        already, of which there is one a token with top_k = 1 (see `_tensor_cores`).
+        already, of which there is one a token with top_k = 1 (see this folder's __init__).
         """
         x, weights = args["x"], args.get("topk_weights")
         if weights is None or self.config.family == "simple":
