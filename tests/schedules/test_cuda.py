@@ -52,8 +52,12 @@ def block(dtype: str = "bfloat16", hidden: int = H, inner: int = I, **router: ob
     return MoESpec(dtype, spec, ExpertsSpec(E, K, hidden, inner))
 
 
-@functools.cache
 def lowered(spec: MoESpec, *names: str, arch: str = "sm_90a") -> Lowered:
+    return _lowered(spec, names, arch)
+
+
+@functools.cache
+def _lowered(spec: MoESpec, names: tuple[str, ...], arch: str) -> Lowered:
     backend_, one = backend("cuda"), target.resolve(f"cuda:{arch}")
     chosen = choose(backend_, names, spec, one)
     return lower("b0", spec, one, backend_, chosen, Observer(CompileOptions()), None)
@@ -84,7 +88,7 @@ MIXER = MoESpec(
     "bfloat16",
     RouterSpec(E, K, score=Score.NONE, selection=Selection.SPARSEMIXER,
                weight_source=WeightSource.SPARSEMIXER, sparsemixer_eps=0.01),
-    ExpertsSpec(E, K, H, I, gated=False, activation=ActivationSpec(Nonlinearity.RELU2)),
+    ExpertsSpec(E, K, 40, 24, gated=False, activation=ActivationSpec(Nonlinearity.RELU2)),
 )  # fmt: skip
 RARE = MoESpec(
     "bfloat16",
@@ -104,15 +108,14 @@ TABLE = MoESpec(
 # What is compiled: a block, the schedules of it (none: those that are chosen), the architecture.
 BUILDS = {
     "all of Hopper": (block(), (), "sm_90a"),
-    "float16, biases": (BIASED, ("gather", "stream16"), "sm_90a"),
-    "odd": (block(hidden=40, inner=24), ("prefill",), "sm_90a"),
-    "shared expert": (GROUPED, ("gather", "mma64"), "sm_90a"),
-    "no gate": (MIXER, ("stream64", "mma16"), "sm_90a"),
-    "rare parts": (RARE, ("mma16", "simple", "loop"), "sm_90a"),
-    "float32": (TABLE, ("plain", "loop"), "sm_90a"),
-    "Ampere": (block(), (), "sm_80"),
-    "Ada": (MIXER, ("mma64",), "sm_89"),
-    "PTX": (BIASED, ("mma16",), "compute_80"),
+    "float16, biases": (BIASED, ("gather", "prefill"), "sm_90a"),
+    "odd, no gate": (MIXER, ("stream16",), "sm_90a"),
+    "shared expert": (GROUPED, ("mma64",), "sm_90a"),
+    "rare parts": (RARE, ("simple", "loop"), "sm_90a"),
+    "float32": (TABLE, ("plain",), "sm_90a"),
+    "Ampere": (RARE, (), "sm_80"),
+    "Ada": (GROUPED, ("mma16",), "sm_89"),
+    "PTX": (MIXER, ("mma16",), "compute_80"),
 }
 
 
