@@ -101,9 +101,9 @@ def run(out: Path) -> None:
             seen.add(call["symbol"])
             line = label.ljust(24)
             for tokens in TOKENS:
-                skip = ("gather" in label and tokens > 8) or (
-                    tokens > 1024 and ("16" in label.split()[1] and "160" not in label)
-                )
+                function, schedule = label.split()
+                most = {"gather": 8, "stream16": 1024, "mma16": 1024}.get(schedule, tokens)
+                skip = tokens > (1024 if function == "route" else most) and tokens > most
                 cell = "" if skip else f"{_time(torch, entries, block, call, fixed, tokens):.1f}"
                 line += f"{cell:>10}"
             print(line, flush=True)
