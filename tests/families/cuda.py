@@ -24,32 +24,31 @@ from moec.spec import MoESpec
 _made: dict[tuple[Any, ...], Kernel] = {}
 
 
-def lowers(spec: MoESpec) -> None:
-    """Lower a block as it is, and in bfloat16 on tensor cores where its widths allow that."""
+def lowers(spec: MoESpec, dtype: str) -> None:
+    """Lower a block with weights of a dtype; bfloat16 on tensor cores where its widths allow."""
     hopper, own = target.resolve("cuda:sm_90a"), backend("cuda")
-    wide = dataclasses.replace(spec, dtype="bfloat16", weight_dtypes=())
-    tensor = own.schedules["mma16"].supports(wide, hopper) is None
+    one = dataclasses.replace(spec, dtype=dtype, weight_dtypes=())
+    name = "mma16" if own.schedules["mma16"].supports(one, hopper) is None else "plain"
+    chosen = choose(own, (name,), one, hopper)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lowering, "kernel", _shared(Lowering.kernel))
-        for one, names in ((spec, ("fused", "loop")), (wide, ("mma16" if tensor else "plain",))):
-            chosen = choose(own, names, one, hopper)
-            made = lower("b0", one, hopper, own, chosen, Observer(CompileOptions()), None)
-            assert {*made.variants} == {"route", "experts", "moe"}
-            for variants in made.variants.values():
-                assert [v.schedule.name for v in variants] == [s.name for s, _ in chosen]
+        made = lower("b0", one, hopper, own, chosen, Observer(CompileOptions()), None)
+    assert {*made.variants} == {"route", "experts", "moe"}
+    assert all([v.schedule.name for v in vs] == [name] for vs in made.variants.values())
 
 
 def _shared(kernel: Callable[..., Kernel]) -> Callable[..., Kernel]:
     def get(self: Any, role: str, key: tuple[Any, ...], make: Callable[[str], Kernel]) -> Kernel:
+        # What is the same in one block is not part of a kernel's key.
+        whole = (role, key, self.spec.dtype, self.spec.experts.num_experts, self.spec.experts.top_k)
+
         def once(symbol: str) -> Kernel:
-            # A loop over experts names other kernels, which have to be there as well.
-            if role == "loop":
-                return make(symbol)
-            # What is the same in one block is not part of a kernel's key.
-            whole = (symbol, role, key, self.spec.dtype, self.spec.experts)
             if whole not in _made:
                 _made[whole] = make(symbol)
-            return _made[whole]
+            made = _made[whole]
+            return dataclasses.replace(
+                made, symbol=symbol, func=made.func.with_attr("global_symbol", symbol)
+            )
 
         return kernel(self, role, key, once)
 
