@@ -112,7 +112,7 @@ def grouped_variant(
         Launch(z, ("topk_ids", counts, "order", "offsets", "tiles", "tile_count")),
         Launch(a, ("x", "order", "tiles", "tile_count", "gate_up", "gate_up", "h")),
         Launch(b, ("h", "order", "tiles", "tile_count", "down", "down", "rows")),
-        Launch(f, ("rows", "topk_ids", "topk_weights", "topk_weights", "topk_weights", "x", "y")),
+        Launch(f, ("rows", "topk_ids", "topk_weights", *["x"] * len(finish.OPTIONAL), "y")),
     ]
     return Variant(tag, low, high, tuple(launches), tuple(kernels))
 

@@ -1,4 +1,7 @@
-"""Whole artifacts on a GPU against transformers' modules: every family, every schedule.
+"""Whole artifacts on a GPU against transformers' modules: nine families in bfloat16 and float32.
+
+tests/gpu has all families in float32, and every schedule against float64; this has the modules'
+own bfloat16 beside ours.
 
     python bench/gpu_families.py make OUT      # here: tiny models, artifacts, expected results
     python bench/gpu_families.py run OUT       # on the GPU machine: needs torch, no compiler
@@ -21,7 +24,9 @@ import numpy as np
 
 TOKENS = (0, 1, 2, 7, 33, 257)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
-TENSOR = ("gather", "stream16", "stream64", "stream160", "prefill", "simple")
+TENSOR = (
+    "gather", "stream16", "stream64", "stream160", "prefill", "mma16", "mma64", "simple", "loop",
+)  # fmt: skip
 # Variant "c": sizes that the two-launch schedule takes, which the tiny variants are too odd for.
 _WIDE = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 192}
 WIDE = ("qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3")
@@ -49,7 +54,7 @@ def make(out: Path, only: str) -> None:
                 begin = time.time()
                 with tempfile.TemporaryDirectory() as folder:
                     model = models.tiny(family, variant, dtype, Path(folder))
-                    names = ("simple",) if dtype == "float32" else TENSOR
+                    names = ("simple", "loop") if dtype == "float32" else TENSOR
                     while True:
                         try:
                             moec.compile(folder, target="cuda:sm_90a", out=out / case / "m.moec",

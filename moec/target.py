@@ -37,8 +37,9 @@ _HOST_X86 = (
     (_V3, "x86-64-v3"),
     ((), "x86-64"),
 )
-# GPU architectures that there are kernels for, and the machines that they are in.
-GPUS = ("sm_90a",)
+# GPU architectures that there are kernels for. sm_XY is machine code; compute_80 is PTX, which
+# the driver of every later GPU translates when an artifact is loaded.
+GPUS = ("sm_90a", "sm_89", "sm_80", "compute_80")
 KINDS = ("cpu", "cuda", "metal")
 
 
@@ -71,7 +72,9 @@ class Target:
 
 
 def resolve(text: str) -> Target:
-    """A Target from its name: "cpu" (this machine), "cpu:NAME", "cuda:sm_90a", "metal".
+    """A Target from its name: "cpu" (this machine), "cpu:NAME", "cuda:ARCH", "metal".
+
+    "cuda" alone is cuda:sm_90a.
 
     "metal" is any Mac with Apple silicon. "metal:emulated" has the same kernels and the host
     code of this machine: what the emulator in tools/ runs, for tests. Raises TargetError for
@@ -117,7 +120,8 @@ def _gpu(name: str, text: str) -> Target:
         raise TargetError(
             f"unknown GPU architecture {name!r} in target {text!r}",
             need="one of " + ", ".join(GPUS),
-            hint="sm_90a is the H100, the H200 and the GH200",
+            hint="sm_90a is the H100, the H200 and the GH200, sm_89 the L4, the L40 and the RTX "
+            "40, sm_80 the A100 and all of its generation; compute_80 is PTX for these and newer",
         )
     # Host code of a GPU library is for the machines that such GPUs are mostly found in.
     return Target(f"cuda-{name}", "cuda", "linux", _X86, name)

@@ -72,6 +72,10 @@ def random_parameters(spec: MoESpec, seed: int = 0) -> dict[str, Array]:
     random = np.random.default_rng(seed)
     out = {}
     for name, parameter in spec.parameters().items():
+        if name == "token_table":
+            rows = [random.permutation(spec.router.num_experts) for _ in range(parameter.shape[0])]
+            out[name] = np.stack(rows)[:, : spec.router.top_k].astype(np.int32)
+            continue
         values = random.standard_normal(parameter.shape)
         if name.startswith("norm") or name == "per_expert_scale":
             values = 1.0 + 0.3 * values

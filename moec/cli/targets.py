@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from .. import host, target
+from ..errors import MoecError
 from .console import Console
 
 
@@ -21,11 +22,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows.append((name, fact["arch"], fact["kernels"], runs))
     console.table(rows)
     console.data("")
-    rows = [("schedule", "chosen for", "deterministic", "")]
-    for name, fact in facts["schedules"].items():
-        yes = "yes" if fact["deterministic"] else "no"
-        rows.append((name, fact["tokens"], yes, fact["doc"]))
-    console.table(rows)
+    listed = [("kind", "schedule", "chosen for", "deterministic", "")]
+    for kind, table in facts["schedules"].items():
+        for name, fact in table.items():
+            yes = "yes" if fact["deterministic"] else "no"
+            listed.append((kind, name, fact["tokens"], yes, fact["doc"]))
+    console.table(listed)
     return 0
 
 
@@ -47,6 +49,13 @@ def targets() -> dict[str, dict[str, Any]]:
             "kernels": resolved.isa,
             "reason": host.missing(requires),
         }
+    for name in target.GPUS:
+        resolved = target.resolve(f"cuda:{name}")
+        table[f"cuda:{name}" + (" (= cuda)" if name == target.GPUS[0] else "")] = {
+            "arch": resolved.arch,
+            "kernels": f"PTX of {name}" if name.startswith("compute") else f"cubins of {name}",
+            "reason": _no_gpu(resolved),
+        }
     metal = target.resolve("metal")
     table["metal"] = {
         "arch": metal.arch,
@@ -56,15 +65,42 @@ def targets() -> dict[str, dict[str, Any]]:
     return table
 
 
-def schedules() -> dict[str, dict[str, Any]]:
-    """Every CPU schedule by name, and the T for which it is chosen."""
-    from ..schedules.cpu import SCHEDULES
+def _no_gpu(resolved: target.Target) -> str | None:
+    """Why the first CUDA device does not run code of a target; None if it does."""
+    from ..runtime import cuda
 
-    table = {}
-    for name, schedule in SCHEDULES.items():
-        table[name] = {
-            "tokens": str(schedule.tokens) if schedule.tokens else "by name only",
-            "deterministic": schedule.deterministic,
-            "doc": schedule.doc.splitlines()[0],
-        }
+    reason = host.missing({"os": resolved.os, "arch": resolved.arch})
+    if reason is not None:
+        return reason
+    try:
+        return cuda.missing(resolved.isa, 0)
+    except MoecError as error:
+        return error.message
+
+
+def schedules() -> dict[str, dict[str, dict[str, Any]]]:
+    """Every schedule by kind of target and name, and the T for which it is chosen.
+
+    A name for several schedules comes first, with their names.
+    """
+    from ..schedules import backend
+
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind in target.KINDS:
+        own = backend(kind)
+        rows = table[kind] = {}
+        for name, members in own.strategies.items():
+            yes = all(own.schedules[m].deterministic for m in members)
+            doc = f"those of {', '.join(members)} that fit the block and the target"
+            rows[name] = {"tokens": "any T", "deterministic": yes, "doc": doc}
+        for name, schedule in own.schedules.items():
+            if schedule.span is not None:
+                tokens = "by rows per expert"
+            else:
+                tokens = str(schedule.tokens) if schedule.tokens else "by name only"
+            rows[name] = {
+                "tokens": tokens,
+                "deterministic": schedule.deterministic,
+                "doc": schedule.doc.splitlines()[0],
+            }
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,8 +90,15 @@ def lower(
                 entries[key] = _entry(backend, symbol, signature, lines, lowered)
             variant = Variant(schedule, tokens, entries[key])
             lowered.variants.setdefault(signature.name, []).append(variant)
-    lowered.kernels = {**lowering.kernels, **packers}
+    lowered.kernels = {**_used(lowering.kernels, entries.values()), **packers}
     return lowered
+
+
+def _used(kernels: Mapping[str, Kernel], entries: Iterable[Entry]) -> dict[str, Kernel]:
+    """The kernels that entries call, or that those call: folding leaves some that nobody does."""
+    named = {symbol for entry in entries for symbol in entry.kernels}
+    named |= {symbol for name in named for symbol in kernels[name].needs}
+    return {symbol: kernel for symbol, kernel in kernels.items() if symbol in named}
 
 
 def _symbol(shape: str, function: str, entries: dict[Any, Entry]) -> str:

@@ -6,6 +6,7 @@ validates its tensors, writes their addresses and T into the frame and runs it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,6 @@ from ..errors import InputError, TargetError
 from ..spec import ExpertsSpec
 from . import abi
 from .libraries import Library, runtime
-from .packing import Array
 from .pool import use_workers, workspace
 from .tensors import Kind, View, address, view
 
@@ -23,15 +23,16 @@ _INT32 = (1 << 31) - 1
 _SIZES = {name: bits // 8 for name, (_, bits) in abi.TYPES.items()}
 
 
-class _Port:
+class Port:
     """What an input or output must look like."""
 
-    __slots__ = ("dtype", "name", "size", "tail")
+    __slots__ = ("dtype", "name", "row", "size", "tail")
 
     def __init__(self, tensor: TensorType) -> None:
         self.name, self.dtype = tensor.name, tensor.dtype
         self.tail = tuple(int(d) for d in tensor.shape[1:])
         self.size = _SIZES[tensor.dtype]
+        self.row = self.size * math.prod(self.tail)
 
     def __str__(self) -> str:
         return f"[{', '.join(('T', *map(str, self.tail)))}] {self.dtype}"
@@ -73,14 +74,17 @@ class _Frames(threading.local):
 
 
 class Call:
-    """A compiled function of one block; safe to call from several threads."""
+    """A compiled function of one block; safe to call from several threads.
+
+    `inputs` are the names of its inputs, in order.
+    """
 
     def __init__(
         self,
         name: str,
         function: Function,
         library: Library,
-        parameters: Callable[[], Mapping[str, Array]],
+        parameters: Callable[[], Mapping[str, Any]],
         spec: ExpertsSpec,
         threads: tuple[int, int],
     ) -> None:
@@ -92,8 +96,9 @@ class Call:
         experts = spec.num_experts + spec.zero_experts
         self._ids = {"topk_ids": experts, "token_ids": _INT32}
         self._threads, self._workers = threads
-        self._inputs = [_Port(t) for t in function.inputs]
-        self._outputs = [_Port(t) for t in function.outputs]
+        self._inputs = [Port(t) for t in function.inputs]
+        self._outputs = [Port(t) for t in function.outputs]
+        self.inputs = tuple(port.name for port in self._inputs)
         self._most = _INT32 // spec.top_k  # kernels count rows in 32 bits
         self._ranges = [
             (i, v.schedule, v.tokens[0], self._most + 1 if v.tokens[1] is None else v.tokens[1])
@@ -101,11 +106,6 @@ class Call:
             if v.tokens
         ]
         self._frames = _Frames()
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the inputs, in order."""
-        return tuple(port.name for port in self._inputs)
 
     @property
     def schedules(self) -> tuple[str, ...]:
@@ -165,7 +165,7 @@ class Call:
         """An argument in the memory that this function works on."""
         return abi.tensor(shape, dtype, data)
 
-    def _parameter(self, name: str, bound: Mapping[str, Array]) -> int:
+    def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
         """Where a parameter lies in that memory."""
         return address(bound[name])
 
@@ -184,9 +184,9 @@ class Call:
         port.accept(got, "out")
         if got.shape[0] != tokens:
             raise self._uneven(port, "out", got, tokens)
-        end = got.address + tokens * bytes_per_token(port)
+        end = got.address + tokens * port.row
         for taken, given in zip(self._inputs, views, strict=True):
-            given_end = given.address + tokens * bytes_per_token(taken)
+            given_end = given.address + tokens * taken.row
             if got.address < given_end and given.address < end:
                 raise InputError(
                     f"out overlaps {taken.name} in memory",
@@ -230,7 +230,7 @@ class Call:
             dims = abi.dims(bound[name].shape)
             keep.append(dims)
             place = self._parameter(name, bound)
-            tensors.append(self._tensor(dims, bound[name].dtype.name, place))
+            tensors.append(self._tensor(dims, str(bound[name].dtype), place))
         for port in self._outputs:
             tensors.append(self._tensor(_shape(shapes, port), port.dtype))
         space = abi.dims([0])
@@ -243,7 +243,7 @@ class Call:
         self._frames.table[index] = ready
         return ready
 
-    def _uneven(self, port: _Port, name: str, got: View, tokens: int) -> InputError:
+    def _uneven(self, port: Port, name: str, got: View, tokens: int) -> InputError:
         first = self._inputs[0].name
         return InputError(
             f"{name} has {got.shape[0]} rows, {first} has {tokens}",
@@ -261,17 +261,9 @@ class Call:
         )
 
 
-def _shape(shapes: dict[tuple[int, ...], Any], port: _Port) -> Any:
+def _shape(shapes: dict[tuple[int, ...], Any], port: Port) -> Any:
     """The [T, ...] shape of a port, shared by ports that look alike."""
     return shapes.setdefault(port.tail, abi.dims((0, *port.tail)))
-
-
-def bytes_per_token(port: _Port) -> int:
-    """The size of one row of an input or output."""
-    size = port.size
-    for length in port.tail:
-        size *= length
-    return size
 
 
 def _conversion(name: str, wanted: str, got: str) -> str:

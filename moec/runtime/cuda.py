@@ -51,8 +51,13 @@ def prepare() -> ctypes.CDLL:
 
 def use_stream(device: int, stream: int) -> None:
     """Launches of the calling thread on `device` go to the CUDA stream with this handle."""
-    if prepare().TVMFFIEnvSetStream(DEVICE_TYPE, device, stream, None):
+    if _set_stream()(DEVICE_TYPE, device, stream, None):
         raise TargetError(f"the runtime refused stream {stream:#x} of device {device}")
+
+
+@functools.cache
+def _set_stream() -> Any:
+    return prepare().TVMFFIEnvSetStream
 
 
 class Memory:
@@ -110,12 +115,21 @@ def architecture(device: int) -> str:
 def missing(built_for: str, device: int) -> str | None:
     """Why `device` cannot run code built for an architecture such as "sm_90a", or None.
 
-    Code of an architecture with the suffix "a" runs on exactly that compute capability.
+    Code of an architecture with the suffix "a" runs on exactly that compute capability, other
+    machine code on this and the later ones of its generation (8.0 on 8.6), PTX ("compute_80")
+    on every later one.
     """
     here = architecture(device)
-    if built_for.removesuffix("a") == here:
-        return None
-    return f"holds code for {built_for}, cuda:{device} is {here}"
+    kind, _, number = built_for.removesuffix("a").partition("_")
+    ours = int(here.partition("_")[2])
+    theirs = int(number) if number.isdigit() else ours + 1
+    if kind == "compute":
+        fits = theirs <= ours
+    elif built_for.endswith("a"):
+        fits = theirs == ours
+    else:
+        fits = theirs <= ours and theirs // 10 == ours // 10
+    return None if fits else f"holds code for {built_for}, cuda:{device} is {here}"
 
 
 def _check(code: int, what: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import MoecError, ResourceError, TargetError
 from . import abi
-from .call import Call, bytes_per_token
+from .call import Call
 from .libraries import optional, runtime
 from .packing import Array
 from .tensors import View, address
@@ -123,19 +123,19 @@ class MetalCall(Call):
     def _tensor(self, shape: Any, dtype: str, data: int = 0) -> abi.DLTensor:
         return on_device(super()._tensor(shape, dtype, data))
 
-    def _parameter(self, name: str, bound: Mapping[str, Array]) -> int:
+    def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
         return self._device.parameter(self._layer, name, bound[name])
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
         ready = self._ready(index)
         staged = []
         for port, tensor, got in zip(self._inputs, ready.inputs, views, strict=True):
-            buffer = self._device.scratch(port.name, tokens * bytes_per_token(port))
-            buffer.write(got.address, tokens * bytes_per_token(port))
+            buffer = self._device.scratch(port.name, tokens * port.row)
+            buffer.write(got.address, tokens * port.row)
             tensor.data = buffer.handle
         for port, tensor in zip(self._outputs, ready.outputs, strict=True):
             # An output may have the name of an input of another function: "topk_ids".
-            size = tokens * bytes_per_token(port)
+            size = tokens * port.row
             staged.append((self._device.scratch(f"out {port.name}", size), size))
             tensor.data = staged[-1][0].handle
         for length in ready.lengths:

@@ -275,7 +275,9 @@ def _choose_target(artifact: Artifact, device: str) -> str:
             "this machine cannot run the artifact",
             where=str(artifact.path),
             need="; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
-            hint="compile it on this machine, or for a lower target such as cpu:x86-64-v3",
+            hint="compile it on this machine, or for a lower target such as cpu:x86-64-v3"
+            if gpu_number(device) is None
+            else "compile it for this GPU, or for cuda:compute_80, which every later GPU runs",
         )
     return max(usable, key=lambda name: _preference(name, fitting[name], artifact))
 

@@ -7,8 +7,8 @@ the same for all schedules and all targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Schedule:
     value of tile sizes and options that the backend's legalization reads. `tokens` is the range
     in which the schedule is chosen by default; None = only when asked for by name. `span` gives
     the range for a block where it depends on the block's sizes. `supports`
-    returns None, or the reason why the schedule cannot compute a block.
+    returns None, or the reason why the schedule cannot compute a block. `named` are
+    instruction sets on which the schedule is chosen by name only.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Schedule:
     deterministic: bool
     supports: Callable[[MoESpec, Target], str | None]
     span: Callable[[MoESpec], TokenRange] | None = None
+    named: frozenset[str] = frozenset()
 
     def range(self, spec: MoESpec) -> TokenRange | None:
         """The token counts for which the schedule is chosen for a block by default."""
@@ -92,7 +94,8 @@ class Backend:
     in common. `packing` says how every parameter is bound, and gives the kernels that pack.
     `build` compiles functions into a library file, `requires` names what a machine needs to
     run it (as the artifact's manifest writes it). `entry` turns a straight line of kernel calls
-    into one compiled function.
+    into one compiled function. `strategies` are names for several schedules, of which those
+    that fit a block share its token counts.
     """
 
     kind: str
@@ -102,6 +105,7 @@ class Backend:
     build: Callable[[Mapping[str, Any], Target, Path], None]
     requires: Callable[[Target], dict[str, Any]]
     entry: MakeEntry = build_entry
+    strategies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, schedule in self.schedules.items():
@@ -117,9 +121,10 @@ def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Targ
     """
     schedules = backend.schedules
     if names:
-        chosen = [_named(schedules, name, spec, target) for name in dict.fromkeys(names)]
+        found = (s for name in names for s in _named(backend, name, spec, target))
+        chosen = list({s.name: s for s in found}.values())
     else:
-        chosen = [s for s in schedules.values() if s.tokens and not s.supports(spec, target)]
+        chosen = _usable(schedules.values(), spec, target)
     if not chosen:
         reasons = "; ".join(f"{s.name}: {s.supports(spec, target)}" for s in schedules.values())
         raise TargetError(f"no schedule of {target.name} computes this block", need=reasons)
@@ -129,25 +134,49 @@ def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Targ
 Chosen = list[tuple[Schedule, "TokenRange | None"]]
 
 
-def _named(schedules: Mapping[str, Schedule], name: str, spec: MoESpec, target: Target) -> Schedule:
-    if name not in schedules:
+def _usable(schedules: Iterable[Schedule], spec: MoESpec, target: Target) -> list[Schedule]:
+    """Those that are chosen without being named."""
+    return [
+        s
+        for s in schedules
+        if s.tokens and target.isa not in s.named and not s.supports(spec, target)
+    ]
+
+
+def _named(backend: Backend, name: str, spec: MoESpec, target: Target) -> list[Schedule]:
+    schedules = backend.schedules
+    if name in backend.strategies:
+        chosen = _usable((schedules[n] for n in backend.strategies[name]), spec, target)
+        if chosen:
+            return chosen
+        members = (schedules[n] for n in backend.strategies[name])
+        reason: str | None = "; ".join(f"{s.name}: {s.supports(spec, target)}" for s in members)
+    elif name in schedules:
+        reason = schedules[name].supports(spec, target)
+        if reason is None:
+            return [schedules[name]]
+    else:
         raise TargetError(
             f"target {target.name} has no schedule {name!r}",
-            need="one of " + ", ".join(schedules),
+            need="one of " + ", ".join((*backend.strategies, *schedules)),
             hint="'moec targets' lists the schedules of every target",
         )
-    reason = schedules[name].supports(spec, target)
-    if reason:
-        raise TargetError(
-            f"schedule {name!r} refuses this block: {reason}",
-            hint="leave --schedule out to let moec choose",
-        )
-    return schedules[name]
+    raise TargetError(
+        f"schedule {name!r} refuses this block: {reason}",
+        hint="leave --schedule out to let moec choose",
+    )
 
 
 def _cover(chosen: list[Schedule], spec: MoESpec) -> Chosen:
-    """Stretch the ranges so that every T has a schedule, whichever were chosen."""
-    lows = {s.name: found.low for s in chosen if (found := s.range(spec))}
+    """Stretch the ranges so that every T has a schedule, whichever were chosen.
+
+    Of schedules for the same T the first gets it, the others are there by name.
+    """
+    lows: dict[str, int] = {}
+    for s in chosen:
+        found = s.range(spec)
+        if found and found.low not in lows.values():
+            lows[s.name] = found.low
     if not lows:
         lows = {chosen[0].name: 0}
     names = sorted(lows, key=lows.__getitem__)

@@ -50,10 +50,12 @@ class Buf:
 class Kernel:
     """A PrimFunc and what a caller must pass: `args` in order, then what the backend's entry adds.
 
-    `constants` are sizes that such an entry passes as numbers.
+    `constants` are sizes that such an entry passes as numbers, `needs` the symbols of kernels
+    that the function calls itself.
     """
 
     symbol: str
     args: tuple[Buf, ...]
     func: tirx.PrimFunc = field(compare=False)  # the symbol is its identity
     constants: tuple[int, ...] = ()
+    needs: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ cost, several threads may call it at once, and its launches can be captured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,10 @@ def build_entry(
 
 
 def wiring(function: relax.Function, kernels: Mapping[str, Kernel]) -> Wiring:
-    """The kernel calls of a legalized function in order, and which results are its results."""
+    """The kernel calls of a legalized function in order, and which results are its results.
+
+    A call whose results nobody reads is left out: legalization may fold it into a later one.
+    """
     bindings = [b for block in function.body.blocks for b in block.bindings]
     bound = {b.var: b.value for b in bindings}
     numbers: dict[Any, int] = {}
@@ -132,20 +135,37 @@ def wiring(function: relax.Function, kernels: Mapping[str, Kernel]) -> Wiring:
         call, index = found
         return numbers[call], index
 
+    fields = _results(function, bound)
+    live = _live(fields, lookup)
     calls: list[KernelCall] = []
     for binding in bindings:
         value = binding.value
-        if not isinstance(value, relax.Call):
+        if value not in live:
             continue
         operands = tuple(key(arg) for arg in operands_of(value))
         numbers[value] = len(calls)
         calls.append(KernelCall(len(calls), kernels[symbol_of(value)], operands))
-    result = function.body.body
-    value = result
+    return Wiring(tuple(calls), tuple(key(field) for field in fields))
+
+
+def _results(function: relax.Function, bound: Mapping[Any, Any]) -> list[Any]:
+    """What a function returns, a tuple field by field."""
+    value = function.body.body
     while isinstance(value, relax.Var) and isinstance(bound.get(value), (relax.Var, relax.Tuple)):
         value = bound[value]
-    fields = list(value.fields) if isinstance(value, relax.Tuple) else [value]
-    return Wiring(tuple(calls), tuple(key(field) for field in fields))
+    return list(value.fields) if isinstance(value, relax.Tuple) else [value]
+
+
+def _live(values: Iterable[Any], lookup: Callable[[Any], Any]) -> set[Any]:
+    """The kernel calls that values come from, directly or through others."""
+    live: set[Any] = set()
+    waiting = list(values)
+    while waiting:
+        found = origin(lookup, waiting.pop())
+        if found is not None and found[0] not in live:
+            live.add(found[0])
+            waiting += operands_of(found[0])
+    return live
 
 
 def _shape(buf: Buf, tokens: Any) -> list[Any]:

@@ -331,3 +331,13 @@ def test_a_table_is_wrapped_on_a_terminal_only(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and max(map(len, lines)) <= 40
     assert lines[2].startswith("      ") and lines[2].strip() in rows[1][1]
+
+
+def test_targets_of_every_kind(capsys: Capture) -> None:
+    code, out, _ = call(capsys, "targets")
+    assert code == 0 and "cuda:sm_90a (= cuda)" in out and "stream16" in out and "metal" in out
+    facts = json.loads(call(capsys, "targets", "--json")[1])
+    assert {"cuda:sm_90a (= cuda)", "cuda:sm_80", "cuda:compute_80", "metal"} <= {*facts["targets"]}
+    for kind in ("cpu", "cuda", "metal"):
+        assert {"fused", "gather", "loop"} <= {*facts["schedules"][kind]}
+    assert facts["schedules"]["cuda"]["loop"]["tokens"] == "by name only"

@@ -19,7 +19,7 @@ from moec.frontend import builtin, read_model, report
 from moec.ops import reference
 
 from .. import objects as compiled_once
-from . import oracle, published, table, tiny
+from . import cuda, oracle, published, table, tiny
 
 SCHEDULES = ("fused", "gather", "loop")
 TOKENS = (0, 1, 33)
@@ -94,6 +94,8 @@ def test_family(
     model = moec.load(tmp_path / "m.moec", threads=1)
     assert list(model.layers) == layers
     worst = check_reference(tmp_path / "model", hidden, run)
+    for spec in dict.fromkeys(model[layer].spec for layer in layers):
+        cuda.lowers(spec, {"a": "float32", "b": "bfloat16"}[variant])
     for layer in layers:
         for tokens in TOKENS:
             worst = max(worst, check(model[layer], layer, tokens, hidden, run))

@@ -1,13 +1,17 @@
 """The CUDA backend on a machine without a GPU: every schedule becomes cubins that fit the chip.
 
-Needs the wheels of the extra "cuda"; results on a GPU are checked by bench/gpu_families.py.
+Needs the wheels of the extra "cuda"; results on a GPU are checked by tests/gpu.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,18 +20,23 @@ from moec.compiler.instruments import Observer
 from moec.compiler.lower import Lowered, lower
 from moec.compiler.options import CompileOptions
 from moec.errors import TargetError
+from moec.runtime import cuda
 from moec.schedules import backend, choose
-from moec.schedules.cuda import pipeline, stream, toolchain
+from moec.schedules import cuda as own
+from moec.schedules.cuda import mma, stream, toolchain
 from moec.spec import (
     ActivationSpec,
     ApplyTo,
+    BlockNorms,
     Clamp,
     ExpertsSpec,
     GroupSpec,
     MoESpec,
     Nonlinearity,
+    NormSpec,
     Renorm,
     RouterSpec,
+    ScaleOn,
     Score,
     Selection,
     SharedExpertSpec,
@@ -35,7 +44,6 @@ from moec.spec import (
     WeightSource,
 )
 
-HOPPER = target.resolve("cuda:sm_90a")
 E, K, H, I = 8, 2, 128, 64
 
 
@@ -44,10 +52,15 @@ def block(dtype: str = "bfloat16", hidden: int = H, inner: int = I, **router: ob
     return MoESpec(dtype, spec, ExpertsSpec(E, K, hidden, inner))
 
 
-def lowered(spec: MoESpec, *names: str) -> Lowered:
-    own = backend("cuda")
-    chosen = choose(own, names, spec, HOPPER)
-    return lower("b0", spec, HOPPER, own, chosen, Observer(CompileOptions()), None)
+def lowered(spec: MoESpec, *names: str, arch: str = "sm_90a") -> Lowered:
+    return _lowered(spec, names, arch)
+
+
+@functools.cache
+def _lowered(spec: MoESpec, names: tuple[str, ...], arch: str) -> Lowered:
+    backend_, one = backend("cuda"), target.resolve(f"cuda:{arch}")
+    chosen = choose(backend_, names, spec, one)
+    return lower("b0", spec, one, backend_, chosen, Observer(CompileOptions()), None)
 
 
 def wheels() -> bool:
@@ -58,46 +71,78 @@ def wheels() -> bool:
 
 needs_nvrtc = pytest.mark.skipif(not wheels(), reason="pip install 'moec[cuda]'")
 
-BLOCKS = {
-    "plain": block(),
-    "float16": block("float16"),
-    "odd": block(hidden=40, inner=24),
-    "biased": MoESpec(
-        "bfloat16",
-        RouterSpec(E, K, score=Score.NONE, logit_bias=True,
-                   weight_source=WeightSource.SOFTMAX_SELECTED),
-        ExpertsSpec(E, K, H, I, activation=ActivationSpec(
-            Nonlinearity.SILU, 1.702, Clamp.BEFORE, 7.0, 1.0), gate_up_bias=True, down_bias=True),
-    ),
-    "grouped": MoESpec(
-        "bfloat16",
-        RouterSpec(E, K, score=Score.SIGMOID, selection_bias=True, groups=GroupSpec(4, 2),
-                   renorm=Renorm.SUM, scale=2.5),
-        ExpertsSpec(E, K, H, I), SharedExpertSpec(I, gate=SharedGate.SIGMOID),
-    ),
-    "sparsemixer": MoESpec(
-        "bfloat16",
-        RouterSpec(E, K, score=Score.NONE, selection=Selection.SPARSEMIXER,
-                   weight_source=WeightSource.SPARSEMIXER, sparsemixer_eps=0.01),
-        ExpertsSpec(E, K, H, I, gated=False, activation=ActivationSpec(Nonlinearity.RELU2)),
-    ),
-    "float32": block("float32"),
-}  # fmt: skip
+BIASED = MoESpec(
+    "float16",
+    RouterSpec(E, K, score=Score.NONE, logit_bias=True,
+               weight_source=WeightSource.SOFTMAX_SELECTED),
+    ExpertsSpec(E, K, H, I, activation=ActivationSpec(
+        Nonlinearity.SILU, 1.702, Clamp.BEFORE, 7.0, 1.0), gate_up_bias=True, down_bias=True),
+)  # fmt: skip
+GROUPED = MoESpec(
+    "bfloat16",
+    RouterSpec(E, K, score=Score.SIGMOID, selection_bias=True, groups=GroupSpec(4, 2),
+               renorm=Renorm.SUM, scale=2.5),
+    ExpertsSpec(E, K, H, I), SharedExpertSpec(I, gate=SharedGate.SIGMOID),
+)  # fmt: skip
+MIXER = MoESpec(
+    "bfloat16",
+    RouterSpec(E, K, score=Score.NONE, selection=Selection.SPARSEMIXER,
+               weight_source=WeightSource.SPARSEMIXER, sparsemixer_eps=0.01),
+    ExpertsSpec(E, K, 40, 24, gated=False, activation=ActivationSpec(Nonlinearity.RELU2)),
+)  # fmt: skip
+RARE = MoESpec(
+    "bfloat16",
+    RouterSpec(E + 4, K, always=1, global_scale=True, per_expert_scale=True, scale=1.5,
+               scale_on=ScaleOn.ROUTED_SUM),
+    ExpertsSpec(E, K, H, I, activation=ActivationSpec(gate_cap=1.0, up_cap=0.5), latent_size=72,
+                zero_experts=4),
+    SharedExpertSpec(20, gate=SharedGate.SOFTMAX, scale=0.5, own_input=True),
+    BlockNorms(expert_output=NormSpec(offset=1.0), latent_input=NormSpec(vector_first=True)),
+    output_bias=True,
+)  # fmt: skip
+TABLE = MoESpec(
+    "float32", RouterSpec(E, K, selection=Selection.TOKEN_TABLE, vocab_size=50),
+    ExpertsSpec(E, K, 37, 19),
+)  # fmt: skip
+
+# What is compiled: a block, the schedules of it (none: those that are chosen), the architecture.
+BUILDS = {
+    "all of Hopper": (block(), (), "sm_90a"),
+    "float16, biases": (BIASED, ("gather", "prefill"), "sm_90a"),
+    "odd, no gate": (MIXER, ("stream16",), "sm_90a"),
+    "shared expert": (GROUPED, ("mma64",), "sm_90a"),
+    "rare parts": (RARE, ("simple", "loop"), "sm_90a"),
+    "float32": (TABLE, ("plain",), "sm_90a"),
+    "Ampere": (RARE, (), "sm_80"),
+    "Ada": (GROUPED, ("mma16",), "sm_89"),
+    "PTX": (MIXER, ("mma16",), "compute_80"),
+}
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", BUILDS)
 def test_every_kernel_is_machine_code_without_spills(name: str, tmp_path: Path) -> None:
-    import tvm
-
-    made = lowered(BLOCKS[name])
-    with toolchain.compiling("sm_90a") as report:
-        library = pipeline.build(tvm.IRModule(made.functions), "sm_90a", list(made.kernels))
-    library.export_library(str(tmp_path / "m.so"))
-    toolchain.assert_cubin((tmp_path / "m.so").read_bytes())
-    assert {f"{symbol}_kernel" for symbol in made.kernels} == set(report)
-    for symbol, used in report.items():
+    spec, names, arch = BUILDS[name]
+    made, seen = lowered(spec, *names, arch=arch), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "compiling", watched(toolchain.compiling, seen))
+        own.BACKEND.build(made.functions, target.resolve(f"cuda:{arch}"), tmp_path / "m.so")
+    device = {s for s, k in made.kernels.items() if "moec.host" not in (k.func.attrs or {})}
+    assert {f"{symbol}_kernel" for symbol in device if arch != "compute_80"} == {*seen}
+    for symbol, used in seen.items():
         assert used.spills == 0 and used.stack == 0, symbol
+
+
+def watched(compiling: Any, seen: dict[str, toolchain.Resources]) -> Any:
+    """The same context manager, which leaves the resources of all kernels in `seen`."""
+
+    @contextlib.contextmanager
+    def inner(arch: str) -> Iterator[Any]:
+        with compiling(arch) as report:
+            yield report
+            seen.update(report)
+
+    return inner
 
 
 def test_decode_takes_two_launches_and_the_others_four() -> None:
@@ -110,12 +155,18 @@ def test_decode_takes_two_launches_and_the_others_four() -> None:
     assert launches["stream64"] == launches["stream160"] == launches["prefill"] == 5
 
 
-def test_every_token_count_has_one_variant() -> None:
-    for spec in BLOCKS.values():
-        chosen = choose(backend("cuda"), (), spec, HOPPER)
+@pytest.mark.parametrize("arch", target.GPUS)
+@pytest.mark.parametrize("names", [(), ("fused",)])
+def test_every_token_count_has_one_variant(arch: str, names: tuple[str, ...]) -> None:
+    for spec in (block(), BIASED, RARE, TABLE, block(hidden=40, inner=24)):
+        chosen = choose(backend("cuda"), names, spec, target.resolve(f"cuda:{arch}"))
         spans = sorted((tokens.low, tokens.high) for _, tokens in chosen if tokens)
         assert spans[0][0] == 0 and spans[-1][1] is None
         assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+        kinds = {s.name for s, _ in chosen}
+        assert not kinds & {"simple", "loop", *(("mma16", "mma64") if arch == "sm_90a" else ())}
+        if arch != "sm_90a":
+            assert kinds <= {"mma16", "mma64", "plain"}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +175,9 @@ def test_every_token_count_has_one_variant() -> None:
         (block("float32"), "prefill", "bfloat16"),
         (block(hidden=40), "gather", "multiple of 64"),
         (block(apply_to=ApplyTo.INPUT), "stream16", "input"),
+        (RARE, "gather", "normed"),
         (block(), "plain", "tensor-core"),
+        (block("float32"), "warp", "no schedule"),
     ],
 )
 def test_a_named_schedule_that_does_not_fit_is_refused(
@@ -132,6 +185,40 @@ def test_a_named_schedule_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(TargetError, match=reason):
         lowered(spec, name)
+
+
+def test_schedules_for_the_same_tokens_leave_no_empty_range() -> None:
+    names = ("mma16", "gather", "stream16", "mma64", "simple")
+    chosen = choose(backend("cuda"), names, block(), target.resolve("cuda:sm_90a"))
+    assert {s.name: str(tokens) for s, tokens in chosen} == {
+        "mma16": "T < 8", "gather": "None", "stream16": "8 <= T < 64", "mma64": "T >= 64",
+        "simple": "None",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "route"), [("sm_90a", 1), ("sm_80", 2)])
+def test_routing_takes_one_launch_on_hopper(arch: str, route: int) -> None:
+    made = lowered(block(), arch=arch)
+    own_ = {v.schedule.name: len(v.entry.kernels) for v in made.variants["experts"]}
+    for v in made.variants["moe"]:
+        assert len(v.entry.kernels) == own_[v.schedule.name] + route
+    # what computes logits for a kernel of its own is not compiled where nothing reads them
+    assert ("b0_op_router" in made.kernels) == (route == 2)
+
+
+def test_hopper_kernels_are_refused_elsewhere() -> None:
+    with pytest.raises(TargetError, match="sm_80 has no wgmma"):
+        lowered(block(), "prefill", arch="sm_80")
+
+
+def test_loop_launches_two_kernels_an_expert() -> None:
+    made = lowered(TABLE, "plain", "loop")
+    (loop,) = (v.entry for v in made.variants["experts"] if v.schedule.name == "loop")
+    assert [k.removeprefix("b0_op_").rstrip("_0123456789") for k in loop.kernels] == [
+        "count", "sort", "loop", "finish",
+    ]  # fmt: skip
+    text = made.kernels["b0_op_loop"].func.script()
+    assert text.count("b0_op_one_gate_up") == text.count("b0_op_one_down") == 1 and "(8)" in text
 
 
 def test_parameters_are_bound_as_they_are() -> None:
@@ -162,7 +249,7 @@ def test_the_resource_report_is_read() -> None:
 @pytest.mark.parametrize("text", ["cuda:sm_75", "cuda:", "cuda:90a"])
 def test_unknown_architectures(text: str) -> None:
     if text == "cuda:":
-        assert target.resolve(text) == HOPPER
+        assert target.resolve(text) == target.resolve("cuda:sm_90a")
         return
     with pytest.raises(TargetError, match="sm_90a"):
         target.resolve(text)
@@ -180,3 +267,27 @@ def test_unknown_architectures(text: str) -> None:
 def test_configs_that_cannot_work_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(TargetError, match="stream"):
         stream.StreamConfig(**config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [{"rows": 24}, {"rows": 64, "outs": 96}, {"rows": 256}])
+def test_mma_configs_that_cannot_work_are_refused(config: dict[str, int]) -> None:
+    with pytest.raises(TargetError, match="mma"):
+        mma.MmaConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "here", "runs"),
+    [
+        ("sm_90a", "sm_90", True), ("sm_90a", "sm_100", False), ("sm_90a", "sm_80", False),
+        ("sm_80", "sm_80", True), ("sm_80", "sm_89", True), ("sm_80", "sm_90", False),
+        ("sm_89", "sm_86", False), ("sm_89", "sm_89", True),
+        ("compute_80", "sm_75", False), ("compute_80", "sm_86", True),
+        ("compute_80", "sm_120", True), ("None", "sm_90", False),
+    ],
+)  # fmt: skip
+def test_which_gpu_runs_an_artifact(
+    monkeypatch: pytest.MonkeyPatch, built_for: str, here: str, runs: bool
+) -> None:
+    monkeypatch.setattr(cuda, "architecture", lambda device: here)
+    reason = cuda.missing(built_for, 1)
+    assert reason is None if runs else reason == f"holds code for {built_for}, cuda:1 is {here}"

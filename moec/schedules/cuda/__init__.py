@@ -1,4 +1,8 @@
-"""The CUDA backend: kernels as TIRx functions, compiled to cubins by NVRTC, for Hopper."""
+"""The CUDA backend: kernels as TIRx functions, compiled by NVRTC, for Ampere and later.
+
+On Hopper the experts run on wgmma and TMA, elsewhere on mma.sync. docs/cuda.md says which
+schedule is chosen when, and what was measured.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TargetError
-from ...spec import ApplyTo, MoESpec, Selection, SharedGate
+from ...spec import ApplyTo, MoESpec
 from ...target import Target
 from ..base import Backend, Packed, Schedule, TokenRange
 from ..buffers import Kernel
@@ -16,77 +20,65 @@ from ..passes.fold_combine import FoldCombine
 from ..passes.fold_gather import FoldGather
 from ..passes.fold_reduce import FoldReduce
 from ..passes.index_experts import IndexExperts
-from . import route, sort
+from ..passes.loop_experts import LoopExperts
+from . import mma, route, sort
 from .host import entry
-from .lower import CudaConfig, CudaLowering
+from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
 from .prefill import PrefillConfig
 from .stream import StreamConfig
 
 _FOLDED = (FoldGather, FoldActivation, FoldReduce, FoldCombine)
-_KERNEL_DTYPES = ("bfloat16", "float16")
-
-
-def _missing(spec: MoESpec) -> str | None:
-    """A part of a block for which there are no CUDA kernels yet."""
-    r, e, a = spec.router, spec.experts, spec.experts.activation
-    shared, norms = spec.shared, spec.norms
-    parts = {
-        "a token table": r.selection is Selection.TOKEN_TABLE,
-        "experts that every token passes": r.always > 0,
-        "a global routing scale": r.global_scale,
-        "zero experts": e.zero_experts > 0,
-        "a latent width": e.latent_size is not None,
-        "a norm of each expert's output": norms.expert_output is not None,
-        "a soft cap in the activation": a.gate_cap is not None or a.up_cap is not None,
-        "a softmax gate of the shared expert": shared is not None
-        and shared.gate is SharedGate.SOFTMAX,
-        "a scale of the shared expert": shared is not None and shared.scale != 1.0,
-        "an input of the shared expert's own": shared is not None and shared.own_input,
-        "a bias of the output": spec.output_bias,
-    }
-    return next((f"{part} has no CUDA kernel yet" for part, there in parts.items() if there), None)
+_HOPPER = "sm_90a"
 
 
 def _any(spec: MoESpec, target: Target) -> str | None:
     """What no kernel here computes."""
     r = spec.router
-    if reason := _missing(spec):
-        return reason
     if r.num_experts > min(sort.MAX_EXPERTS, route.MAX_EXPERTS):
         return f"{r.num_experts} experts are more than the sort of one block holds"
     if r.top_k > route.MAX_TOP_K:
         return f"{r.top_k} experts a token are more than the lanes of a warp"
-    if spec.experts.hidden_size % 8:
-        return f"H = {spec.experts.hidden_size} is no multiple of 8"
+    return None
+
+
+def _any_tensor_cores(spec: MoESpec, target: Target) -> str | None:
+    """What neither wgmma nor mma.sync takes."""
+    e, dtypes = spec.experts, {n: p.dtype for n, p in spec.parameters().items()}
+    if reason := _any(spec, target):
+        return reason
+    if spec.dtype not in TENSOR_DTYPES or {dtypes["gate_up"], dtypes["down"]} != {spec.dtype}:
+        return "weights and activations must both be bfloat16, or both float16"
+    for name, width in (("I", e.intermediate_size), ("the experts' width", e.width)):
+        if width % 8:
+            return f"{name} = {width} is no multiple of 8: copies have 16 bytes"
+    if spec.router.apply_to is ApplyTo.INPUT and e.top_k > 1:
+        return "each of the routing weights multiplies the input of its expert"
     return None
 
 
 def _tensor_cores(spec: MoESpec, target: Target) -> str | None:
-    e, dtypes = spec.experts, {n: p.dtype for n, p in spec.parameters().items()}
-    if reason := _any(spec, target):
-        return reason
-    if spec.dtype not in _KERNEL_DTYPES or {dtypes["gate_up"], dtypes["down"]} != {spec.dtype}:
-        return "weights and activations must both be bfloat16, or both float16"
-    if e.intermediate_size % 8:
-        return f"I = {e.intermediate_size} is no multiple of 8, which TMA needs"
-    if spec.router.apply_to is ApplyTo.INPUT:
-        return "the routing weight multiplies the input of the experts"
-    return None
+    if target.isa != _HOPPER:
+        return f"{target.isa} has no wgmma or no TMA, {_HOPPER} has"
+    return _any_tensor_cores(spec, target)
 
 
 def _decode(spec: MoESpec, target: Target) -> str | None:
     e = spec.experts
     if reason := _tensor_cores(spec, target):
         return reason
-    if e.hidden_size % 64 or e.intermediate_size % 64:
-        return f"H = {e.hidden_size} or I = {e.intermediate_size} is no multiple of 64"
-    if e.hidden_size > 8192:
-        return f"H = {e.hidden_size}: the tokens do not fit the registers of a block"
+    if spec.router.apply_to is ApplyTo.INPUT:
+        return "the routing weight multiplies the input of the experts"
+    if spec.norms.expert_output is not None:
+        return "the row of each expert is normed before the sum, which a kernel does in registers"
+    if e.width % 64 or e.intermediate_size % 64:
+        return f"width = {e.width} or I = {e.intermediate_size} is no multiple of 64"
+    if e.width > 8192:
+        return f"width = {e.width}: the tokens do not fit the registers of a block"
     return None
 
 
 def _plain(spec: MoESpec, target: Target) -> str | None:
-    if _tensor_cores(spec, target) is None:
+    if _any_tensor_cores(spec, target) is None:
         return "the tensor-core kernels compute this block"
     return _any(spec, target)
 
@@ -111,6 +103,20 @@ def _stream(config: StreamConfig, rows: float, blocks: bool = False) -> Schedule
     )  # fmt: skip
 
 
+def _portable(
+    name: str,
+    tiles: mma.MmaConfig,
+    tokens: TokenRange,
+    span: Callable[[MoESpec], TokenRange] | None = None,
+) -> Schedule:
+    """By name only on Hopper, which has better."""
+    return Schedule(
+        name, "cuda", f"mma.sync and cp.async, tiles of {tiles.rows} tokens: before Hopper",
+        _FOLDED, CudaConfig("mma", tiles, tiles, tiles.rows, blocks=tiles.rows > 32),
+        tokens, True, _any_tensor_cores, span, frozenset({_HOPPER}),
+    )  # fmt: skip
+
+
 _DECODE = 8  # from here on sorted rows are faster, on all shapes that were timed
 _PREFILL = PrefillConfig()
 _SIMPLE = CudaConfig("simple", blocks=True)
@@ -132,20 +138,26 @@ SCHEDULES = {
             _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, blocks=True),
             TokenRange(_DECODE), True, _tensor_cores, _from(768.0),
         ),
+        _portable("mma16", mma.SMALL, TokenRange(0)),
+        _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(
             "plain", "cuda", "float32 multiply-add: what the tensor-core kernels do not take",
             _FOLDED, _SIMPLE, TokenRange(0), True, _plain,
         ),
         Schedule(
-            "simple", "cuda", "float32 multiply-add for any block: the baseline",
+            "simple", "cuda", "float32 multiply-add for any block, all experts in a launch",
             _FOLDED, _SIMPLE, None, True, _any,
+        ),
+        Schedule(
+            "loop", "cuda", "one expert at a time, float32 multiply-add: the baseline",
+            (FoldGather, FoldActivation, FoldReduce, LoopExperts), _SIMPLE, None, True, _any,
         ),
     )
 }  # fmt: skip
 
 
 def _open(spec: MoESpec, target: Target, prefix: str) -> CudaLowering:
-    return CudaLowering(spec, prefix)
+    return CudaLowering(spec, prefix, target.isa == _HOPPER)
 
 
 def _packing(
@@ -165,8 +177,11 @@ def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
     from . import pipeline, toolchain
 
     kernels = [name for name, f in functions.items() if "moec.host" not in (f.attrs or {})]
+    number = toolchain.generation(target.isa)
+    arch = _HOPPER if target.isa == _HOPPER else f"sm_{number}"  # TVM knows no compute_XY
+    dependent = kernels if number >= toolchain.HOPPER else []
     with toolchain.compiling(target.isa):
-        library = pipeline.build(tvm.IRModule(dict(functions)), target.isa, kernels)
+        library = pipeline.build(tvm.IRModule(dict(functions)), arch, dependent)
     try:
         library.export_library(str(path), options=["-s"])
     except (RuntimeError, OSError) as error:
@@ -181,4 +196,7 @@ def _requires(target: Target) -> dict[str, Any]:
     return {"os": target.os, "arch": target.arch, "features": [], "gpu": target.isa}
 
 
-BACKEND = Backend("cuda", SCHEDULES, _open, _packing, _build, _requires, entry)
+_FUSED = tuple(n for n in SCHEDULES if n.startswith(("stream", "prefill", "mma", "plain")))
+BACKEND = Backend(
+    "cuda", SCHEDULES, _open, _packing, _build, _requires, entry, {"fused": _FUSED}
+)  # fmt: skip

@@ -1,7 +1,11 @@
 """From router logits to topk_ids and topk_weights: every variant of RouterSpec, a warp a token.
 
+On Hopper the router's matmul may be in the same launch: a cluster of blocks computes the logits
+of eight tokens, and when all of them are there one of its blocks selects.
+
 The order of operations and the roundings are those of `ops.reference.route`. Among equal
-values the lowest expert id wins. Ids are always in [0, E), whatever the logits hold.
+values the lowest expert id wins. Ids are in [0, E), whatever the logits hold, unless they come
+out of a token table.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
@@ -21,21 +25,40 @@ from ...spec import (
     WeightSource,
 )
 from ..buffers import Buf, Kernel, PerToken
+from . import thin
 from .intrinsics import fresh, round_to
 
-WARPS = 4
+WARPS, CLUSTER = 4, 8
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
+# The operands after the logits, by the names that ops.route has for them.
+OPERANDS = ("selection_bias", "per_expert_scale", "global_scale", "token_ids", "token_table")
 _NONE = 0x7FFFFFFF
+# T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.
+_CLUSTER_SYNC = """
+__forceinline__ __device__ void moec_cluster_sync() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+"""
 _NUMPY = {"bfloat16": bfloat16, "float16": np.float16, "float32": np.float32}
 
 
-def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
-    """logits [T, E] f32, selection_bias, per_expert_scale -> topk_ids, topk_weights [T, K].
+def route(symbol: str, spec: RouterSpec, dtype: str, linear: thin.Thin | None = None) -> Kernel:
+    """logits [T, E] f32 and the operands of ops.route -> topk_ids, topk_weights [T, K].
 
-    `dtype` is the model's dtype (Precision.MODEL). Vectors that `spec` does without are there,
-    unread: any buffer stands in their place.
+    With `linear` the operands begin with x [T, H], weight and bias of that matmul instead, and
+    the logits are scratch.
+    `dtype` is the model's dtype (Precision.MODEL). Operands that `spec` does without are
+    there, unread: any buffer stands in their place. A token outside of the token table gets
+    ids of -1.
     """
     E, K = spec.num_experts, spec.top_k
+    FREE, PICKED = spec.selectable, spec.selected
+    FUSED, MATMUL = linear is not None, linear or thin.Thin(8, E, "bfloat16", "float32")
+    H, XDT, MMA, TURNS = MATMUL.inner, MATMUL.dtype, MATMUL.mma, MATMUL.turns
+    ROWS_A_BLOCK = thin.GROUP if FUSED else WARPS  # tokens, a warp each
+    TABLE, VOCAB = spec.selection is Selection.TOKEN_TABLE, max(spec.vocab_size, 1)
     VPL = -(-E // 32)
     LDT = dtype if spec.logits_dtype is Precision.MODEL else "float32"
     WDT = dtype if spec.weights_dtype is Precision.MODEL else "float32"
@@ -45,7 +68,7 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
     CAP = spec.logit_cap is not None
     GROUPS, G = spec.groups is not None, spec.groups.count if spec.groups else 1
     KEPT = spec.groups.kept if spec.groups else 1
-    SIZE, GPL = E // G, -(-G // 32)
+    SIZE, GPL = FREE // G, -(-G // 32)
     BIASED = spec.groups is None or spec.groups.biased
     TOP2 = spec.groups is not None and spec.groups.score is GroupScore.SUM_TOP2
     INF = float("inf")
@@ -60,26 +83,72 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
 
     # fmt: off
     @T.prim_func
-    def kernel(logits_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
+    def kernel(x_p: T.handle(XDT), router_p: T.handle(XDT), offset_p: T.handle("float32"), bias_p: T.handle("float32"), scale_p: T.handle("float32"), global_p: T.handle("float32"), tokens_p: T.handle("int32"), table_p: T.handle("int32"), ids_p: T.handle("int32"), w_p: T.handle("float32"), made_p: T.handle("float32"), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
-        LOGITS = T.decl_buffer((NT * E,), "float32", data=logits_p)
-        SEL_BIAS = T.decl_buffer((E,), "float32", data=bias_p)
+        X = T.decl_buffer((NT, H), XDT, data=x_p)
+        ROUTER = T.decl_buffer((E, H), XDT, data=router_p)
+        OFFSET = T.decl_buffer((E,), "float32", data=offset_p)
+        LOGITS = T.decl_buffer((NT * E,), "float32", data=made_p if FUSED else x_p)
+        SEL_BIAS = T.decl_buffer((FREE,), "float32", data=bias_p)
         EXP_SCALE = T.decl_buffer((E,), "float32", data=scale_p)
+        GLOBAL = T.decl_buffer((1,), "float32", data=global_p)
+        TOKEN_IDS = T.decl_buffer((NT,), "int32", data=tokens_p)
+        ROWS = T.decl_buffer((VOCAB, K), "int32", data=table_p)
         IDS = T.decl_buffer((NT * K,), "int32", data=ids_p)
         W = T.decl_buffer((NT * K,), "float32", data=w_p)
         T.device_entry()
-        bx = T.cta_id([(NT + WARPS - 1) // WARPS])
-        tid = T.thread_id([WARPS * 32])
+        bx = T.cta_id([(NT + ROWS_A_BLOCK - 1) // ROWS_A_BLOCK * (CLUSTER if FUSED else 1)])
+        if FUSED:
+            rank = T.cta_id_in_cluster([CLUSTER])
+        tid = T.thread_id([ROWS_A_BLOCK * 32])
         wid: T.int32 = tid // 32
         lane = T.meta_var(tid % 32)
         pool = T.SMEMPool()
-        score = pool.alloc((WARPS, E), "float32", align=16)
-        choice = pool.alloc((WARPS, E), "float32", align=16)
+        score = pool.alloc((ROWS_A_BLOCK, E), "float32", align=16)
+        choice = pool.alloc((ROWS_A_BLOCK, E), "float32", align=16)
+        if FUSED:
+            parts = pool.alloc((thin.WARPS, 32, 4), "float32", align=16)
         pool.commit()
-        T.ptx.griddepcontrol.launch_dependents()
-        T.ptx.griddepcontrol.wait()
         t: T.int32 = bx * WARPS + wid
+        if FUSED:
+            t0: T.int32 = bx // CLUSTER * thin.GROUP
+            t = NT
+            sums = T.alloc_local((4,), "float32")
+            rows = T.alloc_local((thin.AHEAD * 8,), "uint32")
+            cols = T.alloc_local((thin.AHEAD * 4,), "uint32")
+            token: T.int32 = T.min(t0 + lane // 4, NT - 1)
+            n0: T.int32 = bx % CLUSTER * thin.ROWS
+            thin.load(ROUTER, T.min(n0 + lane // 4, E - 1), rows, 0, 8, 0, H, wid, lane)
+            thin.load(ROUTER, T.min(n0 + lane // 4 + 8, E - 1), rows, 4, 8, 0, H, wid, lane)
+        T.ptx.griddepcontrol.wait()
+        T.ptx.griddepcontrol.launch_dependents()
+        if FUSED:
+            while n0 < E:
+                for i in T.unroll(4):
+                    sums[i] = T.float32(0)
+                for turn in T.serial(TURNS):
+                    if n0 >= CLUSTER * thin.ROWS or turn > 0:
+                        thin.load(ROUTER, T.min(n0 + lane // 4, E - 1), rows, 0, 8, turn, H, wid, lane)
+                        thin.load(ROUTER, T.min(n0 + lane // 4 + 8, E - 1), rows, 4, 8, turn, H, wid, lane)
+                    thin.load(X, token, cols, 0, 4, turn, H, wid, lane)
+                    thin.multiply(sums, rows, cols, MMA)
+                thin.share(sums, parts, wid, lane)
+                if tid < 128:
+                    one: T.float32 = T.float32(0)
+                    for w in T.unroll(thin.WARPS):
+                        one = one + parts[w, tid // 4, tid % 4]
+                    n: T.int32 = n0 + tid // 16 + tid % 4 // 2 * 8
+                    to: T.int32 = t0 + tid // 4 % 4 * 2 + tid % 2
+                    if n < E and to < NT:
+                        if MATMUL.bias:
+                            one = one + OFFSET[n]
+                        LOGITS[to * E + n] = one
+                T.cuda.cta_sync()
+                n0 += CLUSTER * thin.ROWS
+            T.cuda.func_call("moec_cluster_sync", source_code=_CLUSTER_SYNC)
+            if bx % CLUSTER == 0:
+                t = t0 + wid
         v = T.alloc_local((VPL,), "float32")          # logits, then what is selected from
         gs = T.alloc_local((GPL,), "float32")
         best: T.float32
@@ -182,7 +251,8 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                     if i * 32 + lane < E:
                         score[wid, i * 32 + lane] = v[i]
                         if BIAS:
-                            v[i] = v[i] + SEL_BIAS[i * 32 + lane]
+                            if i * 32 + lane < FREE:
+                                v[i] = v[i] + SEL_BIAS[i * 32 + lane]
                         choice[wid, i * 32 + lane] = v[i]
                 T.cuda.warp_sync()
                 if GROUPS:
@@ -221,16 +291,25 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                     for i in T.unroll(VPL):
                         if i * 32 + lane < E:
                             v[i] = choice[wid, i * 32 + lane]
-                for k in T.serial(K):
-                    argmax(v, VPL, E)
-                    if lane == k:
-                        my_id = where
-                    # NaN compares with nothing: it is never chosen a second time
-                    for i in T.unroll(VPL):
-                        if i * 32 + lane == where:
-                            v[i] = T.float32(float("nan"))
+                if TABLE:
+                    token: T.int32 = fresh(TOKEN_IDS, t)
+                    my_id = -1
+                    if lane < K and token >= 0 and token < VOCAB:
+                        my_id = ROWS[token, lane]
+                else:
+                    for k in T.serial(PICKED):
+                        argmax(v, VPL, FREE)
+                        if lane == k:
+                            my_id = where
+                        # NaN compares with nothing: it is never chosen a second time
+                        for i in T.unroll(VPL):
+                            if i * 32 + lane == where:
+                                v[i] = T.float32(float("nan"))
+                    # the experts that every token passes come last
+                    if lane >= PICKED and lane < K:
+                        my_id = FREE + lane - PICKED
                 if lane < K:
-                    my_w = score[wid, my_id]
+                    my_w = score[wid, T.max(T.min(my_id, E - 1), 0)]   # a table may hold anything
                 if SIGMOID_W:
                     my_w = T.float32(1) / (T.float32(1) + T.exp(-my_w))
                 if SOFTMAX_W:
@@ -263,15 +342,28 @@ def route(symbol: str, spec: RouterSpec, dtype: str) -> Kernel:
                 if SCALE != 1.0:
                     my_w = my_w * T.float32(SCALE)
                 if spec.per_expert_scale:
-                    my_w = my_w * EXP_SCALE[my_id]
+                    my_w = my_w * EXP_SCALE[T.max(T.min(my_id, E - 1), 0)]
+                if spec.global_scale:
+                    my_w = my_w * GLOBAL[0]
                 IDS[t * K + lane] = my_id
                 W[t * K + lane] = round_to(my_w, WDT)
     # fmt: on
+    logits = Buf("logits", (PerToken(), E), "float32")
+    matmul = (
+        Buf("x", (PerToken(), H), XDT, True),
+        Buf("router", (E, H), XDT),
+        Buf("router_bias", (E,), "float32"),
+    )
+    unread = Buf("unread", (1,), "float32")
     args = (
-        Buf("logits", (PerToken(), E), "float32"),
-        Buf("selection_bias", (E,), "float32"),
+        *(matmul if FUSED else (logits, unread, unread)),
+        Buf("selection_bias", (FREE,), "float32"),
         Buf("per_expert_scale", (E,), "float32"),
+        Buf("global_scale", (1,), "float32"),
+        Buf("token_ids", (PerToken(),), "int32", True),
+        Buf("token_table", (VOCAB, K), "int32"),
         Buf("topk_ids", (PerToken(), K), "int32", True),
         Buf("topk_weights", (PerToken(), K), "float32", True),
+        logits if FUSED else unread,
     )
     return Kernel(symbol, args, kernel)

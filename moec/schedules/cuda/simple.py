@@ -24,6 +24,8 @@ class Simple:
     """What is multiplied: `experts` 0 is one dense weight, otherwise tiles of sorted rows.
 
     `gather`: x is [T, inner], read through row_order; else x has a row for each result row.
+    `single`: the rows of one expert only, the one whose number is passed as `threads`; its
+    rows are found in expert_offsets, which stand in the place of the tiles.
     `scatter`: result rows go to their (token, k) place. `weighted`: rows of x are multiplied
     by topk_weights and rounded to `x_dtype` first. `act`: gate and up are combined.
     """
@@ -41,6 +43,7 @@ class Simple:
     gather: bool = False
     scatter: bool = False
     weighted: bool = False
+    single: bool = False
 
 
 def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
@@ -55,8 +58,8 @@ def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
     XDT, WDT, ODT = spec.x_dtype, spec.dtype, spec.out
     HALVES = 2 if GATED else 1
     WROWS, NB = N * HALVES, -(-N // OUTS)
-    PER = 1 if DENSE or GATHER else TOPK
-    ACT, ACT_SRC = device_function(spec.act, GATED) if spec.act else ("", "")
+    PER, SINGLE = 1 if DENSE or GATHER else TOPK, spec.single
+    ACT, ACT_SRC = device_function(spec.act, GATED, ODT == "float32") if spec.act else ("", "")
 
     # fmt: off
     @T.prim_func
@@ -66,7 +69,7 @@ def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
         S: T.let[T.int32] = NT * TOPK
         X = T.decl_buffer((tokens * PER, T.int64(K)), XDT, data=x_p)
         ORDER = T.decl_buffer((S,), "int32", data=order_p)
-        TILES = T.decl_buffer((S * 4,), "int32", data=tiles_p)
+        TILES = T.decl_buffer((E + 1 if SINGLE else S * 4,), "int32", data=tiles_p)
         COUNT = T.decl_buffer((4,), "int32", data=count_p)
         WTS = T.decl_buffer((S,), "float32", data=wts_p)
         WEIGHT = T.decl_buffer((T.int64(max(E, 1) * WROWS), T.int64(K)), WDT, data=w_p)
@@ -84,9 +87,17 @@ def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
         tile: T.int32 = bx
         step: T.int32 = sms
         total: T.int32
+        e: T.int32 = 0
+        first: T.int32 = 0
+        last: T.int32 = 0
         if DENSE:
             step = (NT + ROWS - 1) // ROWS * NB
             total = step
+        elif SINGLE:
+            e = T.Cast("int32", threads)
+            first = fresh(TILES, e)
+            last = fresh(TILES, e + 1)
+            total = (last - first + ROWS - 1) // ROWS * NB
         else:
             total = fresh(COUNT, 0) * NB
         acc = T.alloc_local((HALVES * 16,), "float32")
@@ -96,7 +107,6 @@ def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
         tx: T.int32 = tid % 16
         lr: T.int32 = tid // 4                   # row (of x, of the weight) that this thread loads
         lk: T.int32 = tid % 4 * 4
-        e: T.int32 = 0
         row0: T.int32
         rows: T.int32
 
@@ -106,6 +116,9 @@ def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
             if DENSE:
                 row0 = m * ROWS
                 rows = T.min(NT - row0, ROWS)
+            elif SINGLE:
+                row0 = first + m * ROWS
+                rows = T.min(last - row0, ROWS)
             else:
                 e = fresh(TILES, m * 4)
                 row0 = fresh(TILES, m * 4 + 1)
@@ -167,12 +180,12 @@ def matmul(symbol: str, spec: Simple, sms: int) -> Kernel:
                             OUT[to, T.Cast("int64", col)] = T.Cast(ODT, value)
             tile += step
     # fmt: on
-    _, order, _, tiles, count = sort.buffers(max(E, 1), TOPK)
+    _, order, offsets, tiles, count = sort.buffers(max(E, 1), TOPK)
     weight = Buf("weight", (max(E, 1), WROWS, K) if E else (WROWS, K), WDT)
     args = (
         Buf("x", (PerToken(PER), K), XDT, True),
         order,
-        tiles,
+        offsets if SINGLE else tiles,
         count,
         Buf("topk_weights", (PerToken(), TOPK), "float32", True),
         weight,

@@ -1,10 +1,13 @@
 """CUDA cross-compilation on a machine with no GPU, driver or toolkit: NVRTC from PyPI.
 
+An architecture "sm_XY" becomes machine code (a cubin), "compute_XY" becomes PTX, which the
+driver of any GPU from that one on translates when the library is loaded.
+
 TVM's CUDA runtime library needs libcuda.so.1 and libcudart.so.13 to load. Where they are
 absent TVM silently writes modules that carry CUDA source and compile on the user's GPU
 machine. `prepare` loads the wheel's libcudart and, without a driver, a stub libcuda, then the
 library itself, and registers a compile callback that calls NVRTC: what an artifact carries is
-always machine code. Nothing that is loaded here ever touches a device.
+always machine code or PTX. Nothing that is loaded here ever touches a device.
 """
 
 from __future__ import annotations
@@ -33,9 +36,12 @@ _DRIVER = (
     "cuLaunchKernelEx", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload",
     "cuTensorMapEncodeTiled",
 )  # fmt: skip
+HOPPER = 90
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _EXTRA = "pip install 'moec[cuda]'"
-_FLAGS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "-diag-suppress=177,550")
+_FLAGS = ("-std=c++17", "-default-device", "-diag-suppress=177,550")
+# Before Hopper a kernel begins when the one before it has ended: both instructions mean nothing.
+_DEPENDENT = re.compile(r'asm volatile\("griddepcontrol\.[^)]*\);')
 # cuda.h needs a host's headers; of it, generated code uses this one type.
 _PRELUDE = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
 typedef struct CUtensorMap_st CUtensorMap;
@@ -73,6 +79,8 @@ def prepare() -> None:
 def compiling(arch: str) -> Iterator[dict[str, Resources]]:
     """Compile for `arch` ("sm_90a") inside; yields the resources of every kernel, by symbol.
 
+    PTX has no resources yet: there the report stays empty.
+
     Raises TargetError when the code that is generated inside does not compile.
     """
     prepare()
@@ -84,8 +92,9 @@ def compiling(arch: str) -> Iterator[dict[str, Resources]]:
 
 
 def assert_cubin(library: bytes) -> None:
-    """Raise TargetError unless a linked library carries machine code and no CUDA source."""
-    if b"__CUDACC_RTC__" in library or b".nv.info" not in library:
+    """Raise TargetError unless a linked library carries machine code (or PTX), and no source."""
+    compiled = b".nv.info" in library or b"\n.target sm_" in library
+    if b"__CUDACC_RTC__" in library or not compiled:
         raise TargetError(
             "the CUDA module holds source instead of machine code",
             hint=f"the CUDA compiler was not found: {_EXTRA}",
@@ -120,11 +129,16 @@ def _global(folder: Path, name: str) -> ctypes.CDLL:
 
 
 def _compile(code: str) -> bytes:
-    """TVM's callback: CUDA C++ to a cubin."""
+    """TVM's callback: CUDA C++ to a cubin, or to PTX."""
     folder = _wheels()
     nvrtc = ctypes.CDLL(str(folder / "lib" / "libnvrtc.so.13"))
     include = folder / "include"
+    ptx = _state.arch.startswith("compute_")
     options = [f"-arch={_state.arch}", *_FLAGS, f"-I{include}", f"-I{include / 'cccl'}"]
+    if not ptx:
+        options.append("--ptxas-options=-v")
+    if generation(_state.arch) < HOPPER:
+        code = _DEPENDENT.sub("", code)
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), (_PRELUDE + code).encode(), b"moec.cu", 0, None, None))  # fmt: skip
@@ -136,9 +150,17 @@ def _compile(code: str) -> bytes:
     if "wgmma" in log and "serialized" in log:
         raise TargetError("ptxas serialises the wgmma of a kernel", where=_complaints(log))
     _state.report.update(resources(log))
-    cubin = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    if ptx:
+        made = _text(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+    else:
+        made = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin
+    return made
+
+
+def generation(arch: str) -> int:
+    """The number of an architecture: 90 for "sm_90a", 80 for "compute_80"."""
+    return int("".join(c for c in arch.partition("_")[2] if c.isdigit()))
 
 
 def _complaints(log: str) -> str:
