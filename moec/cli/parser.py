@@ -129,5 +129,5 @@ def _run(parser: argparse.ArgumentParser) -> None:
     add("--atol", type=float, metavar="A", help="(the defaults depend on the model's dtype)")
     add("--schedule", metavar="NAME", help="force a compiled schedule")
     add("--checkpoint", metavar="PATH", help="where the weights are, if not in the artifact")
-    add("--device", default="cpu", help="cpu, the default and the only one so far")
+    add("--device", default="cpu", help="cpu (the default), or metal:0 on a Mac")
     add("--threads", type=int, metavar="N", help="default: the cores of this process")
