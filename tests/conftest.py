@@ -20,6 +20,15 @@ Golden = Callable[[str], None]
 
 SCHEDULES = ("fused", "gather", "loop")
 TESTS = Path(__file__).parent
+# The longest files, which start first: the last one to end decides how long the whole takes.
+LONG = (
+    "families/test_families.py",
+    "compiler/test_kernels.py",
+    "compiler/test_families.py",
+    "metal/test_families.py",
+    "schedules/test_cuda.py",
+    "test_guarantees.py",
+)
 # Files that use the same session fixtures.
 SHARED = {
     "kernels": {f"compiler/test_{n}.py" for n in ("activation", "kernels", "onnxruntime", "route")},
@@ -35,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep on one worker what shares models, artifacts or kernels that are slow to make."""
+    places = {path: place for place, path in enumerate(LONG)}
+    items.sort(key=lambda i: places.get(i.path.relative_to(TESTS).as_posix(), len(LONG)))
     for item in items:
         path = item.path.relative_to(TESTS).as_posix()
         shared = (group for group, names in SHARED.items() if path in names)

@@ -10,4 +10,4 @@ from tests.compiler.cases import CASES
 
 @pytest.fixture(scope="session")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return built(list(CASES.values()), tmp_path_factory.mktemp("kernels"), parts=4)
+    return built(list(CASES.values()), tmp_path_factory.mktemp("kernels"), parts=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..program import Legalize, Lowering, origin
 from . import decode, dense, finish, loop, mma, prefill, simple, stream, thin
 from . import route as route_kernel
 from . import sort as sort_kernel
+from .script import quick_macros
 from .shapes import Matmul
 
 SMS = 132  # multiprocessors of an H100 SXM and an H200; fewer run the same grid in more waves
@@ -73,6 +74,11 @@ class CudaLowering(Lowering):
     def __init__(self, spec: MoESpec, prefix: str, clusters: bool) -> None:
         super().__init__(prefix)
         self.spec, self.clusters = spec, clusters
+
+    def kernel(self, role: str, key: tuple[Any, ...], make: Callable[[str], Kernel]) -> Kernel:
+        """As every lowering has it."""
+        with quick_macros():
+            return super().kernel(role, key, make)
 
     def table(self, config: Any) -> Mapping[str, Legalize]:
         """The legalize map of one schedule."""
