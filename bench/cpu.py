@@ -6,7 +6,9 @@ Every round runs each candidate once, in turn, on the same inputs and the same w
 all of them meet the same state of the machine; for T <= 4 a read of 256 MB flushes the caches
 before each call. Reported: the median, the ratio of every peer to the best schedule of moec
 (above 1: moec is faster), and fractions of the read bandwidth and of the arithmetic peak
-measured in the same run. Outputs are compared with moec's before anything is timed.
+measured in the same run. Outputs are compared with moec's before anything is timed. Peers are
+transformers' experts (eager, grouped_mm, batched_mm) and, in float32 only, ONNX Runtime's MoE
+(onnxruntime), which selects the experts itself from logits that leave it no choice.
 """
 
 from __future__ import annotations
@@ -116,6 +118,51 @@ def transformers_peers(folder: Path, layer: str, names: list[str]) -> dict[str, 
     return made
 
 
+def onnx_session(folder: Path, layer: str, threads: int) -> Any:
+    """ONNX Runtime's com.microsoft.MoE in float32, its weights as constants that it may pack."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    experts, top_k, hidden, _ = LAYERS[layer]
+    gate_up, down = (tensor.numpy() for tensor in canonical(folder, layer))
+    # Gate and up rows in turn: the layout of its fused swiglu, which here is silu(gate) * up.
+    gate, up = np.split(gate_up, 2, axis=1)
+    constants = {"fc1": np.stack([gate, up], 2).reshape(gate_up.shape), "fc2": down}
+    operands = ["input", "router_probs", "fc1", "", "fc2"]
+    node = helper.make_node(
+        "MoE", operands, ["y"], domain="com.microsoft", k=top_k, activation_type="swiglu",
+        swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0, swiglu_limit=1e30,
+        normalize_routing_weights=1,
+    )  # fmt: skip
+    tokens = "tokens"
+    graph = helper.make_graph(
+        [node],
+        "moe",
+        [
+            helper.make_tensor_value_info("input", TensorProto.FLOAT, [tokens, hidden]),
+            helper.make_tensor_value_info("router_probs", TensorProto.FLOAT, [tokens, experts]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [tokens, hidden])],
+    )
+    for name, array in constants.items():
+        tensor = graph.initializer.add()
+        tensor.name, tensor.data_type = name, TensorProto.FLOAT
+        tensor.dims.extend(array.shape)
+        # Handed over below: a model file cannot hold more than 2 GB.
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="handed-over")
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a))
+              for a in constants.values()]  # fmt: skip
+    options.add_external_initializers(list(constants), values)
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
 class Inputs:
     """Random tokens and routings, several sets in turn."""
 
@@ -129,9 +176,12 @@ class Inputs:
             np.stack([random.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
             for _ in range(count)
         ]
-        self.weights = [
-            random.random((tokens, top_k)).astype(np.float32) / top_k for _ in range(count)
-        ]
+        # They sum to 1 for each token: ONNX Runtime takes logits and normalises.
+        raw = [random.random((tokens, top_k)).astype(np.float32) + 0.1 for _ in range(count)]
+        self.weights = [w / w.sum(axis=1, keepdims=True) for w in raw]
+        self.logits = [np.full((tokens, experts), -1e4, np.float32) for _ in range(count)]
+        for logits, ids, weights in zip(self.logits, self.ids, self.weights, strict=True):
+            np.put_along_axis(logits, ids.astype(np.int64), np.log(weights), axis=1)
         self.active = float(np.mean([np.unique(ids).size for ids in self.ids]))
 
 
@@ -154,6 +204,12 @@ def candidates(block: Any, peers: dict[str, Any], inputs: Inputs) -> dict[str, C
     weights = [torch.from_numpy(w).to(xs[0].dtype) for w in inputs.weights]
 
     def theirs(module: Any) -> Candidate:
+        if not isinstance(module, torch.nn.Module):  # a session of ONNX Runtime
+            feeds = [
+                {"input": x, "router_probs": logits}
+                for x, logits in zip(inputs.x, inputs.logits, strict=True)
+            ]
+            return lambda i: module.run(None, feeds[i])[0]
         return lambda i: module(xs[i], ids[i], weights[i])
 
     return {**table, **{name: theirs(module) for name, module in peers.items()}}
@@ -191,7 +247,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=NUMPY)
     parser.add_argument("--tokens", default="1,4,32,128,512")
     parser.add_argument("--threads", type=int, default=host.cores())
-    parser.add_argument("--peers", default="eager,grouped_mm")
+    parser.add_argument("--peers", default="eager,grouped_mm,onnxruntime")
     parser.add_argument("--schedules", default="fused,gather,loop")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each T, about")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -208,7 +264,10 @@ def main() -> int:
         )
         print("compile:", {k: round(v, 2) for k, v in report.seconds.items()}, file=sys.stderr)
         block = moec.load(folder / "layer.moec", threads=args.threads, verify="library")[0]
-        peers = transformers_peers(folder, args.layer, [p for p in args.peers.split(",") if p])
+        names = [p for p in args.peers.split(",") if p]
+        peers = transformers_peers(folder, args.layer, [p for p in names if p != "onnxruntime"])
+        if "onnxruntime" in names and args.dtype == "float32":
+            peers["onnxruntime MoE"] = onnx_session(folder, args.layer, args.threads)
         machine = measure(args.dtype, args.threads)
         print(f"read {machine.read / 1e9:.1f} GB/s, peak {machine.flops / 1e9:.0f} GFLOP/s")
         memory = np.ones(FLUSH_BYTES // 8)
@@ -277,7 +336,7 @@ def cell(
 
 
 def write_results(args: argparse.Namespace, rows: list[dict[str, Any]], machine: Any) -> None:
-    packages = ("moec", "apache-tvm", "torch", "transformers", "numpy")
+    packages = ("moec", "apache-tvm", "torch", "transformers", "onnxruntime", "numpy")
     document = {
         "machine": {
             "cpu": host.host().cpu,
