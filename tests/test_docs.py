@@ -36,7 +36,7 @@ def test_readme_names_every_exit_code() -> None:
 
 
 def test_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"--update-golden", "--all-files", "--help", "--version", "--strict"}  # of others
+    known = {"--update-golden", "--pdb", "--all-files", "--help", "--version", "--strict"}  # of others
     for verb in VERBS:
         assert f"moec {verb}" in README
         assert cli.main([verb, "--help"]) == 0
