@@ -12,7 +12,7 @@ from moec import cli, errors
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(ROOT.glob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-VERBS = ("quickstart", "inspect", "compile", "verify", "run", "targets", "env")
+VERBS = ("quickstart", "inspect", "compile", "verify", "run", "selftest", "targets", "env")
 
 
 def test_links_lead_somewhere() -> None:
@@ -36,7 +36,14 @@ def test_readme_names_every_exit_code() -> None:
 
 
 def test_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    known = {"--update-golden", "--pdb", "--all-files", "--help", "--version", "--strict"}  # of others
+    known = {
+        "--update-golden",
+        "--pdb",
+        "--all-files",
+        "--help",
+        "--version",
+        "--strict",
+    }  # of others
     for verb in VERBS:
         assert f"moec {verb}" in README
         assert cli.main([verb, "--help"]) == 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 from .. import host, target
 from ..errors import MoecError
 from .console import Console
+
+_WIDTH = 100
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -22,12 +25,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rows.append((name, fact["arch"], fact["kernels"], runs))
     console.table(rows)
     console.data("")
-    listed = [("kind", "schedule", "chosen for", "deterministic", "")]
+    head = f"{'kind':6}{'schedule':11}{'chosen for':20}"
+    console.data(head.rstrip())
     for kind, table in facts["schedules"].items():
         for name, fact in table.items():
-            yes = "yes" if fact["deterministic"] else "no"
-            listed.append((kind, name, fact["tokens"], yes, fact["doc"]))
-    console.table(listed)
+            doc = fact["doc"] + ("" if fact["deterministic"] else "; not deterministic")
+            start = f"{kind:6}{name:11}{fact['tokens']:20}"
+            lines = textwrap.wrap(
+                doc, _WIDTH, initial_indent=start, subsequent_indent=" " * len(head)
+            )
+            console.data("\n".join(lines))
     return 0
 
 
@@ -75,7 +82,7 @@ def _no_gpu(resolved: target.Target) -> str | None:
     try:
         return cuda.missing(resolved.isa, 0)
     except MoecError as error:
-        return error.message
+        return error.message.partition(":")[0]  # without what the loader said
 
 
 def schedules() -> dict[str, dict[str, dict[str, Any]]]:

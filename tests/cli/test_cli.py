@@ -64,7 +64,7 @@ def test_no_verb_and_wrong_verb_are_usage_errors(capsys: Capture) -> None:
 def test_help_and_version(capsys: Capture) -> None:
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for verb in ("quickstart", "inspect", "compile", "verify", "run", "targets", "env"):
+    for verb in ("quickstart", "inspect", "compile", "verify", "run", "selftest", "targets", "env"):
         assert verb in out
         assert call(capsys, verb, "--help")[0] == 0
     assert call(capsys, "--version")[1].startswith("moec ")
