@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(TESTS).as_posix()
         shared = (group for group, names in SHARED.items() if path in names)
         item.add_marker(pytest.mark.xdist_group(next(shared, path)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A skipped test has checked nothing: say how many, and why."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    for reason, count in Counter(report.longrepr[2] for report in skipped).items():
+        terminalreporter.write_line(f"{count} tests SKIPPED: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture

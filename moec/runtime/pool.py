@@ -36,9 +36,9 @@ _SET_MAX = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 _SPIN_COUNT = "TVM_THREAD_POOL_SPIN_COUNT"
 _SPINS = "200"  # about 0.1 ms: longer than the serial parts between the loops of a call
 _LAMBDA = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-# Where the pinned runtime counts unfinished tasks, from the address that a task gets: after
-# struct {void* sync; int32_t num_task} and a bool.
-_PENDING = 20
+# Where the pinned runtime has the number of tasks, and that of unfinished ones, from the address
+# that a task gets: struct {void* sync; int32_t num_task}, a bool, int32_t.
+_TASKS, _PENDING = 8, 20
 
 
 class _ThreadState(threading.local):
@@ -153,8 +153,8 @@ class _Held:
     wait for it for ever, at its first call or when it exits.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._others = workers - 1
+    def __init__(self) -> None:
+        self._others = 0
         self._arrived, self._gate = threading.Semaphore(0), threading.Event()
         self._pending: ctypes.c_int | None = None
         self._task = _LAMBDA(self._run)
@@ -168,16 +168,20 @@ class _Held:
             self._arrived.release()
             self._gate.wait()
             return 0
-        for _ in range(self._others):
-            self._arrived.acquire()
+        tasks = ctypes.c_int.from_address(env + _TASKS).value
         pending = ctypes.c_int.from_address(env + _PENDING)
-        if pending.value == self._others + 1:
+        if 1 < pending.value == tasks <= _state.cores and self._all_arrive(tasks - 1):
+            self._others = tasks - 1
             # The launch waits for this task alone, and leaves the others where they are.
             pending.value = 1
             self._pending = pending
         else:  # not the memory that it should be
             self._gate.set()
         return 0
+
+    def _all_arrive(self, others: int) -> bool:
+        # A minute is for ever: a pool that is not what it should be must not stop a fork.
+        return all(self._arrived.acquire(timeout=60) for _ in range(others))
 
     def release(self) -> None:
         """Let the workers go, and wait until the last one has counted itself out."""
@@ -192,7 +196,7 @@ def _before_fork() -> None:
         with _affinity_kept() as cpus:
             _configure(state.cores, cpus, state.cores)
         state.pool = state.cores
-        state.held = _Held(state.cores)
+        state.held = _Held()
 
 
 def _after_fork_in_parent() -> None:
