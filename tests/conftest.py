@@ -54,10 +54,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A skipped test has checked nothing: say how many, and why."""
+    """The table of families, and how many tests were skipped and why: they checked nothing."""
+    for line in _families(terminalreporter.stats):
+        terminalreporter.write_line(line)
     skipped = terminalreporter.stats.get("skipped", ())
     for reason, count in Counter(report.longrepr[2] for report in skipped).items():
         terminalreporter.write_line(f"{count} tests SKIPPED: {reason.removeprefix('Skipped: ')}")
+
+
+def _families(stats: dict[str, list[Any]]) -> list[str]:
+    """One line a family: the largest error of each variant against its reference."""
+    table: dict[str, dict[str, str]] = {}
+    for report in (r for kind in ("passed", "failed") for r in stats.get(kind, ())):
+        said = dict(report.user_properties)
+        if "family" in said and report.when == "call":
+            family, variant = said["family"]
+            error = f"ok {said['error']:.1e}" if "error" in said else "FAILED"
+            table.setdefault(family, {})[variant] = error
+    if not table:
+        return []
+    lines = [
+        f"{family:20}  " + "  ".join(f"{v} {row[v]:10}" for v in sorted(row))
+        for family, row in sorted(table.items())
+    ]
+    return [f"{len(table)} families, two variants, error against the reference:", *lines]
 
 
 @pytest.fixture
