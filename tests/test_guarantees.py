@@ -206,7 +206,7 @@ print(counts, len(left), round(whole, 2))
 def test_thirty_kills_leave_nothing_half_written(tmp_path: Path) -> None:
     tiny.write(tmp_path / "model")
     (tmp_path / "out").mkdir()
-    print(output(process(KILLER, tmp_path / "model", tmp_path / "out", "30"), timeout=200))
+    print(output(process(KILLER, tmp_path / "model", tmp_path / "out", "30"), timeout=600))
 
 
 def test_eight_threads(small: Built) -> None:
