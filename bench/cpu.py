@@ -205,7 +205,7 @@ def candidates(block: Any, peers: dict[str, Any], inputs: Inputs) -> dict[str, C
     weights = [torch.from_numpy(w).to(xs[0].dtype) for w in inputs.weights]
 
     def theirs(module: Any) -> Candidate:
-        if not isinstance(module, torch.nn.Module):  # a session of ONNX Runtime
+        if not isinstance(module, torch.nn.Module):  # an InferenceSession
             feeds = [
                 {"input": x, "router_probs": logits}
                 for x, logits in zip(inputs.x, inputs.logits, strict=True)

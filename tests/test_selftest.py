@@ -1,4 +1,4 @@
-"""`moec selftest` on this machine's CPU, and its layers as transformers reads them."""
+"""`moec selftest` on this machine's CPU."""
 
 from __future__ import annotations
 

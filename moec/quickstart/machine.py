@@ -21,6 +21,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .. import host
+from ..runtime.pool import use_workers
 from ..schedules.buffers import Buf, Kernel, PerToken
 from ..schedules.cpu.codegen import compile_module
 from ..schedules.cpu.emit import Emit, i64
@@ -60,6 +61,8 @@ def measure(weights_dtype: str, threads: int | None = None) -> Machine:
     memory = _shared(_memory(isa))
     sums = _shared(np.zeros((_MOST_THREADS, isa.lanes), np.float32))
     rows, peak = memory.shape[0], module["peak"]
+    # Left alone, TVM's pool has half of the cores, and the tasks of a loop would take turns.
+    use_workers(min(threads, host.cores()))
     reads = [partial(module[k.symbol], memory, sums, rows, threads) for k in kernels[:-1]]
     spent = min(map(_best, reads))
     flops_spent = _best(lambda: peak(sums, threads))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from tvm.script.parser.core.parser import ScriptMacro
@@ -27,10 +28,10 @@ def quick_macros() -> Iterator[None]:
 
 
 def _parser(_: ScriptMacro) -> Any:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         found = frame.f_globals.get(ScriptMacro.parser_object_name)
         if found is not None:
             return found
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     raise RuntimeError("a TVMScript macro was called outside of a kernel")
