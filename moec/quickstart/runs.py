@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from ..checkpoint import Checkpoint
+from ..errors import CheckFailed
 from ..frontend import Block as ModelBlock
 from ..ops import reference
 from ..runtime import Block
@@ -92,6 +93,19 @@ def measure_all(
                 )
             )
     return rows
+
+
+def demand_right(rows: Sequence[tuple[str, Row]]) -> None:
+    """CheckFailed when a row is wrong; each comes with the layer that it is of, or ""."""
+    wrong = [(layer, row) for layer, row in rows if not row.ok]
+    if wrong:
+        layer, row = wrong[0]
+        raise CheckFailed(
+            f"{len(wrong)} of {len(rows)} results differ from the float64 reference",
+            where=f"first: {layer}schedule {row.schedule}, T = {row.tokens}",
+            need=f"a relative error of at most {row.allowed:.1e}",
+            hint="this is a bug in moec, please report it with the table and 'moec env'",
+        )
 
 
 def _expert_elements(spec: MoESpec) -> int:
