@@ -90,7 +90,7 @@ def grouped_variant(
     one: Any,
     two: Any,
     rows: int,
-    blocks: bool,
+    grid: sort.Grid,
     grain: int = 0,
 ) -> Variant:
     """Sort, two matmuls, sum."""
@@ -98,12 +98,12 @@ def grouped_variant(
     kernels = []
     launches = []
     counts = "topk_ids"
-    if blocks:
+    if grid is sort.Grid.COUNTED:
         c = sort.count(f"{tag}_count", s.E, s.K)
         kernels.append(c)
         launches.append(Launch(c, ("topk_ids", "counts")))
         counts = "counts"
-    z = sort.sort(f"{tag}_sort", s.E, s.K, rows, blocks, grain)
+    z = sort.sort(f"{tag}_sort", s.E, s.K, rows, grid, grain)
     a = module.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
     b = module.down(f"{tag}_dn", second, two, SMS)
     f = finish.finish(f"{tag}_fin", finish.Finish(s.E, s.K, s.H, "bfloat16", "bfloat16"))
@@ -133,7 +133,7 @@ def shipped(s: Shape) -> list[Variant]:
         else:
             module = stream if c.family == "stream" else prefill
             out.append(grouped_variant(s, schedule.name, low, high, module, c.first, c.second,
-                                       c.tile_rows, c.blocks, c.grain))  # fmt: skip
+                                       c.tile_rows, c.sorted_by, c.grain))  # fmt: skip
     return out
 
 

@@ -107,6 +107,8 @@ def architecture(device: int) -> str:
         value = ctypes.c_int()
         code = _cudart().cudaDeviceGetAttribute(ctypes.byref(value), attribute, device)
         if code:
+            # The error would stay behind, and the next call of the caller's library report it.
+            _cudart().cudaGetLastError()
             raise TargetError(f"there is no CUDA device {device} (error {code})")
         values.append(value.value)
     return f"sm_{values[0]}{values[1]}"
@@ -134,6 +136,7 @@ def missing(built_for: str, device: int) -> str | None:
 
 def _check(code: int, what: str) -> None:
     if code:
+        _cudart().cudaGetLastError()
         raise TargetError(f"{what} failed with CUDA error {code}")
 
 

@@ -95,7 +95,7 @@ def launches(call: Any) -> int:
     call()
     torch.cuda.synchronize()
     kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         call()
         torch.cuda.synchronize()
     return sum(e.count for e in profile.key_averages() if "_op_" in e.key)
@@ -105,7 +105,7 @@ def launches(call: Any) -> int:
     ("schedule", "tokens", "count"),
     [
         ("gather", 1, 2), ("gather", 8, 2), ("stream16", 16, 4), ("stream32", 50, 4),
-        ("stream64", 150, 4), ("stream160", 700, 5), ("prefill", 2048, 5), ("loop", 33, 35),
+        ("stream64", 150, 4), ("stream160", 700, 4), ("prefill", 2048, 4), ("loop", 33, 35),
     ],
 )  # fmt: skip
 def test_launches(swiglu: Case, schedule: str, tokens: int, count: int) -> None:
@@ -160,6 +160,7 @@ def test_int64_ids_are_converted(swiglu: Case) -> None:
 def test_devices_that_do_not_fit_are_refused(folder: Path) -> None:
     with pytest.raises(TargetError, match="there is no CUDA device 99"):
         moec.load(folder / "hopper.moec", device="cuda:99")
+    torch.ones(1, device="cuda")  # the refused call left no error behind for others to find
     with pytest.raises(TargetError, match="sm_90a"):
         moec.load(folder / "hopper.moec", device="cpu")
 

@@ -25,6 +25,7 @@ from . import mma, route, sort
 from .host import entry
 from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
 from .prefill import PrefillConfig
+from .sort import Grid
 from .stream import StreamConfig
 
 _FOLDED = (FoldGather, FoldActivation, FoldReduce, FoldCombine)
@@ -93,12 +94,12 @@ def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
     return span
 
 
-def _stream(config: StreamConfig, rows: float, blocks: bool = False) -> Schedule:
+def _stream(config: StreamConfig, rows: float, grid: Grid = Grid.BLOCK) -> Schedule:
     grain = 16 if config.widths else 0
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
-        _FOLDED, CudaConfig("stream", config, config, config.rows, grain, blocks),
+        _FOLDED, CudaConfig("stream", config, config, config.rows, grain, grid),
         TokenRange(_DECODE), True, _tensor_cores, _from(rows),
     )  # fmt: skip
 
@@ -110,16 +111,17 @@ def _portable(
     span: Callable[[MoESpec], TokenRange] | None = None,
 ) -> Schedule:
     """By name only on Hopper, which has better."""
+    grid = Grid.COUNTED if tiles.rows > 32 else Grid.BLOCK
     return Schedule(
         name, "cuda", f"mma.sync and cp.async, tiles of {tiles.rows} tokens: before Hopper",
-        _FOLDED, CudaConfig("mma", tiles, tiles, tiles.rows, blocks=tiles.rows > 32),
+        _FOLDED, CudaConfig("mma", tiles, tiles, tiles.rows, sorted_by=grid),
         tokens, True, _any_tensor_cores, span, frozenset({_HOPPER}),
     )  # fmt: skip
 
 
-_DECODE = 8  # from here on sorted rows are faster, on all shapes that were timed
+_DECODE = 9  # from here on rows are sorted: `gather` holds 8 tokens, and is faster to there
 _PREFILL = PrefillConfig()
-_SIMPLE = CudaConfig("simple", blocks=True)
+_SIMPLE = CudaConfig("simple", sorted_by=Grid.COUNTED)
 SCHEDULES = {
     schedule.name: schedule
     for schedule in (
@@ -131,12 +133,12 @@ SCHEDULES = {
         ),
         _stream(StreamConfig(16, stages=8, once=True), 0.0),
         _stream(StreamConfig(32, stages=8, once=True), 6.25),
-        _stream(StreamConfig(64, (16, 32, 48, 64), 2), 12.5, True),
-        _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 50.0, True),
+        _stream(StreamConfig(64, (16, 32, 48, 64), 2), 12.5, Grid.CLUSTER),
+        _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 50.0, Grid.CLUSTER),
         Schedule(
             "prefill", "cuda", "persistent warp-specialised wgmma, tiles of 128 tokens",
-            _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, blocks=True),
-            TokenRange(_DECODE), True, _tensor_cores, _from(768.0),
+            _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, 0, Grid.CLUSTER),
+            TokenRange(_DECODE), True, _tensor_cores, _from(1536.0),
         ),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),

@@ -24,6 +24,29 @@ __forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
 """
 
 
+# T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.
+CLUSTER_SYNC = """
+__forceinline__ __device__ void moec_cluster_sync() {
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+"""
+
+# An integer in the shared memory of another block of the cluster, at the place of one's own.
+CLUSTER_LOAD = r"""
+__forceinline__ __device__ int moec_cluster_load(const void* own, int rank) {
+  unsigned place = (unsigned)__cvta_generic_to_shared(own);
+  int value;
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;"
+      " ld.shared::cluster.u32 %0, [there]; }"
+      : "=r"(value) : "r"(place), "r"(rank) : "memory");
+  return value;
+}
+"""
+
+
 def match(bits: int) -> tuple[str, str]:
     """(name, source): the lanes of the warp that hold the same value of so many bits.
 

@@ -44,8 +44,8 @@ _DECODE_RINGS = 176, 192  # KiB of shared memory for weights in flight, by kerne
 class CudaConfig:
     """Which family of kernels multiplies, and its tiles for the first and second matmul.
 
-    `blocks`: the sort runs in two launches of several blocks instead of one of one. `few`:
-    the dense matmuls of the block are those of at most 8 tokens.
+    `sorted_by`: which blocks sort. `few`: the dense matmuls of the block are those of at most
+    8 tokens.
     """
 
     family: str
@@ -53,7 +53,7 @@ class CudaConfig:
     second: Any = None
     tile_rows: int = 64
     grain: int = 0
-    blocks: bool = False
+    sorted_by: sort_kernel.Grid = sort_kernel.Grid.BLOCK
     few: bool = False
 
 
@@ -229,12 +229,12 @@ class _Table:
     def _sorted(self, bb: relax.BlockBuilder, ids: Any, ty: Any | None = None) -> list[Any]:
         """row_order, expert_offsets, tiles and tile_count of topk_ids."""
         e, config, counts = self.spec.experts, self.config, ids
-        if config.blocks:
+        if config.sorted_by is sort_kernel.Grid.COUNTED:
             counter = self.own.kernel(
                 "count", (), lambda s: sort_kernel.count(s, e.num_experts, e.top_k)
             )
             counts = self.own.call(bb, counter, [ids], ids.ty.shape[0])[0]
-        key = (config.tile_rows, config.blocks, config.grain)
+        key = (config.tile_rows, config.sorted_by, config.grain)
         kernel = self.own.kernel(
             "sort", key, lambda s: sort_kernel.sort(s, e.num_experts, e.top_k, *key)
         )

@@ -26,21 +26,13 @@ from ...spec import (
 )
 from ..buffers import Buf, Kernel, PerToken
 from . import thin
-from .intrinsics import fresh, round_to
+from .intrinsics import CLUSTER_SYNC, fresh, round_to
 
 WARPS, CLUSTER = 4, 8
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 # The operands after the logits, by the names that ops.route has for them.
 OPERANDS = ("selection_bias", "per_expert_scale", "global_scale", "token_ids", "token_table")
 _NONE = 0x7FFFFFFF
-# T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.
-_CLUSTER_SYNC = """
-__forceinline__ __device__ void moec_cluster_sync() {
-  __syncwarp();
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-"""
 _NUMPY = {"bfloat16": bfloat16, "float16": np.float16, "float32": np.float32}
 
 
@@ -146,7 +138,7 @@ def route(symbol: str, spec: RouterSpec, dtype: str, linear: thin.Thin | None = 
                         LOGITS[to * E + n] = one
                 T.cuda.cta_sync()
                 n0 += CLUSTER * thin.ROWS
-            T.cuda.func_call("moec_cluster_sync", source_code=_CLUSTER_SYNC)
+            T.cuda.func_call("moec_cluster_sync", source_code=CLUSTER_SYNC)
             if bx % CLUSTER == 0:
                 t = t0 + wid
         v = T.alloc_local((VPL,), "float32")          # logits, then what is selected from

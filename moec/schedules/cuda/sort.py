@@ -1,22 +1,34 @@
 """Stable counting sort of the (token, expert) pairs by expert, and the tiles of the matmuls.
 
-One block of 1024 threads does everything up to `BLOCK_ROWS` rows; above that a first launch
-counts per block of rows and a second one places, each block adding up the counts itself.
-Pairs of one expert keep their order, so the result is the same on every run. Ids outside
+One block of 1024 threads does everything where rows are few. Where they are many, the blocks of
+a cluster share them out and read each other's counts (Hopper), or a first launch counts per
+block of rows and a second one places, each block adding up the counts itself. Pairs of one expert keep their order, so the result is the same on every run. Ids outside
 [0, E) sort behind expert_offsets[E], where no expert reads.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
+from enum import Enum
+
 from tvm.script import tirx as T
 
 from ..buffers import Buf, Kernel, PerToken
-from .intrinsics import SHARED_ADD, fresh, match
+from .intrinsics import CLUSTER_LOAD, CLUSTER_SYNC, SHARED_ADD, fresh, match
 
 WARPS = 32
 THREADS = WARPS * 32
 BLOCK_ROWS = 2048
 MAX_EXPERTS = THREADS - 1
 TILE_WORDS = 4
+CLUSTER = 8  # blocks that every GPU with clusters runs together
+AHEAD = 8  # ids of a thread in flight
+
+
+class Grid(Enum):
+    """Who sorts: one block, a cluster of blocks, or any number of blocks after `count`."""
+
+    BLOCK = "block"
+    CLUSTER = "cluster"
+    COUNTED = "counted"
 
 
 def buffers(experts: int, top_k: int) -> tuple[Buf, ...]:
@@ -35,17 +47,17 @@ def buffers(experts: int, top_k: int) -> tuple[Buf, ...]:
 
 
 def sort(
-    symbol: str, experts: int, top_k: int, tile_rows: int, blocks: bool, grain: int = 0
+    symbol: str, experts: int, top_k: int, tile_rows: int, grid: Grid, grain: int = 0
 ) -> Kernel:
     """The sort for matmul tiles of at most `tile_rows` rows.
 
     The rows of an expert are divided evenly among its tiles in multiples of `grain`, which
     divides tile_rows (0: tiles are full but for the last one).
 
-    Without `blocks` one block sorts all rows. With it the kernel also reads `counts`
-    [blocks of rows, E+1], as `count` made them.
+    With Grid.COUNTED the kernel also reads `counts` [blocks of rows, E+1], as `count` made them.
     """
-    E, K, BM, MULTI = experts, top_k, tile_rows, blocks
+    E, K, BM = experts, top_k, tile_rows
+    COUNTED, CLUSTERED = grid is Grid.COUNTED, grid is Grid.CLUSTER
     N = E + 1
     CHUNKS = -(-N // 32)
     GRAIN = grain or BM
@@ -65,7 +77,9 @@ def sort(
         COUNT = T.decl_buffer((4,), "int32", data=count_p)
         COUNTS = T.decl_buffer((NB * N,), "int32", data=counts_p)
         T.device_entry()
-        bx = T.cta_id([NB if MULTI else 1])
+        bx = T.cta_id([NB if COUNTED else CLUSTER if CLUSTERED else 1])
+        if CLUSTERED:
+            rank_ = T.cta_id_in_cluster([CLUSTER])
         tid = T.thread_id([THREADS])
         wid: T.int32 = tid // 32
         lane = T.meta_var(tid % 32)
@@ -73,15 +87,21 @@ def sort(
         cursor = pool.alloc((WARPS, N), "int32", align=16)
         scan = pool.alloc((2, CHUNKS * 32), "int32", align=16)
         total = pool.alloc((2, 64), "int32", align=16)
+        if CLUSTERED:
+            own_rows = pool.alloc((N,), "int32", align=16)
         pool.commit()
         T.ptx.griddepcontrol.launch_dependents()
         T.ptx.griddepcontrol.wait()
 
         begin: T.int32 = 0
         end: T.int32 = S
-        if MULTI:
+        if COUNTED:
             begin = bx * ROWS
             end = T.min(S, begin + ROWS)
+        if CLUSTERED:
+            share: T.int32 = (S + CLUSTER - 1) // CLUSTER
+            begin = T.min(S, bx * share)
+            end = T.min(S, begin + share)
         span: T.int32 = ((end - begin + THREADS - 1) // THREADS) * 32     # rows of one warp
         for i in T.serial((N + 31) // 32):
             if i * 32 + lane < N:
@@ -94,14 +114,23 @@ def sort(
         first: T.int32
         mask: T.uint32
 
+        ids = T.alloc_local((AHEAD,), "int32")
+        turns: T.int32 = span // 32
+
+        # the ids of the turns from i on: in flight together
         @T.inline
-        def look(i):
-            at = begin + wid * span + i * 32 + lane
-            e = E + 1                                # rows past the end match each other only
-            if at < end:
-                e = fresh(IDS, at)
-                if e < 0 or e >= E:
-                    e = E
+        def ahead_of(i):
+            for j in T.unroll(AHEAD):
+                ids[j] = E + 1                       # rows past the end match each other only
+                if i + j < turns and begin + wid * span + (i + j) * 32 + lane < end:
+                    ids[j] = fresh(IDS, begin + wid * span + (i + j) * 32 + lane)
+                    if ids[j] < 0 or ids[j] >= E:
+                        ids[j] = E
+
+        @T.inline
+        def look(i, j):
+            at = begin + wid * span + (i + j) * 32 + lane
+            e = ids[j]
             mask = T.cuda.func_call(MATCH, e, source_code=MATCH_SRC, return_type="uint32")
             rank = T.Cast("int32", T.popcount(mask & (T.shift_left(T.uint32(1), T.Cast("uint32", lane)) - T.uint32(1))))
             first = 0
@@ -112,15 +141,32 @@ def sort(
                 cursor[wid, e] = first + T.Cast("int32", T.popcount(mask))
             T.cuda.warp_sync()
 
-        for i in T.serial(span // 32):
-            look(i)
+        for i in T.serial((turns + AHEAD - 1) // AHEAD):
+            ahead_of(i * AHEAD)
+            for j in T.unroll(AHEAD):
+                if i * AHEAD + j < turns:
+                    look(i * AHEAD, j)
         T.cuda.cta_sync()
         # cursors of a warp start behind those of the warps before it
         held = T.alloc_local((WARPS,), "int32")
         mine: T.int32 = 0                            # rows of expert `tid`
         ahead: T.int32 = 0                           # of which in blocks before this one
+        if CLUSTERED:
+            if tid < N:
+                for w in T.unroll(WARPS):
+                    mine += cursor[w, tid]
+                own_rows[tid] = mine
+                mine = 0
+            T.cuda.func_call("moec_cluster_sync", source_code=CLUSTER_SYNC)
         if tid < N:
-            if MULTI:
+            if CLUSTERED:
+                for b in T.unroll(CLUSTER):
+                    held[b] = T.cuda.func_call("moec_cluster_load", own_rows.ptr_to([tid]), b, source_code=CLUSTER_LOAD, return_type="int32")
+                for b in T.unroll(CLUSTER):
+                    if b == bx:
+                        ahead = mine
+                    mine += held[b]
+            if COUNTED:
                 for b8 in T.serial((NB + 7) // 8):
                     for b in T.unroll(8):            # eight loads in flight
                         held[b] = 0
@@ -136,7 +182,7 @@ def sort(
             for w in T.unroll(WARPS):
                 cursor[w, tid] = run
                 run += held[w]
-            if not MULTI:
+            if not COUNTED and not CLUSTERED:
                 mine = run
         # exclusive scans over experts: of rows, and of tiles
         own = T.alloc_local((2,), "int32")
@@ -185,13 +231,18 @@ def sort(
                 else:
                     COUNT[0] = tile
         T.cuda.cta_sync()
-        for i in T.serial(span // 32):
-            look(i)
-            if e <= E:
-                ORDER[scan[0, e] + first + rank] = at
+        for i in T.serial((turns + AHEAD - 1) // AHEAD):
+            ahead_of(i * AHEAD)
+            for j in T.unroll(AHEAD):
+                if i * AHEAD + j < turns:
+                    look(i * AHEAD, j)
+                    if e <= E:
+                        ORDER[scan[0, e] + first + rank] = at
+        if CLUSTERED:                                # others may still read this block's counts
+            T.cuda.func_call("moec_cluster_sync", source_code=CLUSTER_SYNC)
     # fmt: on
     ids, *results = buffers(E, K)
-    return Kernel(symbol, (ids, counts(E) if MULTI else ids, *results), kernel)
+    return Kernel(symbol, (ids, counts(E) if COUNTED else ids, *results), kernel)
 
 
 def counts(experts: int) -> Buf:
