@@ -269,6 +269,11 @@ def test_configs_that_cannot_work_are_refused(config: dict[str, object]) -> None
         stream.StreamConfig(**config)  # type: ignore[arg-type]
 
 
+def test_a_ring_that_would_stand_still_is_refused() -> None:
+    with pytest.raises(TargetError, match="a lag of 2 needs 4 stages"):
+        prefill.PrefillConfig(stages=3)
+
+
 @pytest.mark.parametrize("config", [{"rows": 24}, {"rows": 64, "outs": 96}, {"rows": 256}])
 def test_mma_configs_that_cannot_work_are_refused(config: dict[str, int]) -> None:
     with pytest.raises(TargetError, match="mma"):

@@ -133,8 +133,8 @@ SCHEDULES = {
         ),
         _stream(StreamConfig(16, stages=8, once=True), 0.0),
         _stream(StreamConfig(32, stages=8, once=True), 6.25),
-        _stream(StreamConfig(64, (16, 32, 48, 64), 2), 12.5, Grid.CLUSTER),
-        _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 50.0, Grid.CLUSTER),
+        _stream(StreamConfig(64, (16, 32, 48, 64), once=True), 12.5, Grid.CLUSTER),
+        _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 28.0, Grid.CLUSTER),
         Schedule(
             "prefill", "cuda", "persistent warp-specialised wgmma, tiles of 128 tokens",
             _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, 0, Grid.CLUSTER),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
@@ -27,12 +28,21 @@ BM, BK, THREADS = 128, 64, 384
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """`columns` weight rows a tile (64 to 256, by 32), ring `stages`, `group` M tiles a walk."""
+    """`columns` weight rows a tile (64 to 256, by 32), ring `stages`, `group` M tiles a walk.
+
+    `lag`: gathered stages that are under way before the first of them is handed over.
+    """
 
     columns: int = 256
     stages: int = 4
     group: int = 8
     lag: int = 2
+
+    def __post_init__(self) -> None:
+        # The consumers hold a stage until they have the next one, which is handed over only
+        # when `lag` more were asked for: with fewer stages both sides wait for ever.
+        if self.stages < self.lag + 2:
+            raise TargetError(f"prefill: a lag of {self.lag} needs {self.lag + 2} stages or more")
 
     def shared_bytes(self) -> int:
         """Dynamic shared memory of the kernel."""
