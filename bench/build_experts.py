@@ -23,7 +23,7 @@ import tvm
 from moec import target
 from moec.schedules import backend, choose
 from moec.schedules.buffers import Buf, Kernel, PerToken
-from moec.schedules.cuda import decode, finish, lower, pipeline, prefill, sort, stream, toolchain
+from moec.schedules.cuda import decode, finish, lower, pipeline, sort, stream, toolchain
 from moec.schedules.cuda.host import Launch, build_host
 from moec.schedules.cuda.shapes import Matmul
 from moec.spec import ActivationSpec, ExpertsSpec, MoESpec, Renorm, RouterSpec
@@ -86,35 +86,23 @@ def grouped_variant(
     tag: str,
     low: int,
     high: int,
-    module: Any,
-    one: Any,
-    two: Any,
-    rows: int,
+    config: stream.StreamConfig,
     grid: sort.Grid,
     grain: int = 0,
 ) -> Variant:
     """Sort, two matmuls, sum."""
     first, second = _matmuls(s)
-    kernels = []
-    launches = []
-    counts = "topk_ids"
-    if grid is sort.Grid.COUNTED:
-        c = sort.count(f"{tag}_count", s.E, s.K)
-        kernels.append(c)
-        launches.append(Launch(c, ("topk_ids", "counts")))
-        counts = "counts"
-    z = sort.sort(f"{tag}_sort", s.E, s.K, rows, grid, grain)
-    a = module.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
-    b = module.down(f"{tag}_dn", second, two, SMS)
+    z = sort.sort(f"{tag}_sort", s.E, s.K, config.rows, grid, grain)
+    a = stream.gate_up(f"{tag}_gu", first, ActivationSpec(), config, SMS)
+    b = stream.down(f"{tag}_dn", second, config, SMS)
     f = finish.finish(f"{tag}_fin", finish.Finish(s.E, s.K, s.H, "bfloat16", "bfloat16"))
-    kernels += [z, a, b, f]
-    launches += [
-        Launch(z, ("topk_ids", counts, "order", "offsets", "tiles", "tile_count")),
+    launches = (
+        Launch(z, ("topk_ids", "topk_ids", "order", "offsets", "tiles", "tile_count")),
         Launch(a, ("x", "order", "tiles", "tile_count", "gate_up", "gate_up", "h")),
         Launch(b, ("h", "order", "tiles", "tile_count", "down", "down", "rows")),
         Launch(f, ("rows", "topk_ids", "topk_weights", *["x"] * len(finish.OPTIONAL), "y")),
-    ]
-    return Variant(tag, low, high, tuple(launches), tuple(kernels))
+    )
+    return Variant(tag, low, high, launches, (z, a, b, f))
 
 
 def shipped(s: Shape) -> list[Variant]:
@@ -123,7 +111,7 @@ def shipped(s: Shape) -> list[Variant]:
     spec = MoESpec("bfloat16", RouterSpec(s.E, s.K, renorm=Renorm.SUM), experts)
     out = []
     for schedule, tokens in choose(backend("cuda"), (), spec, target.resolve("cuda:sm_90a")):
-        if tokens is None or schedule.config.family not in ("decode", "stream", "prefill"):
+        if tokens is None or schedule.config.family not in ("decode", "stream"):
             continue
         c, low, high = schedule.config, max(1, tokens.low), tokens.high or 1 << 30
         if c.family == "decode":
@@ -131,9 +119,8 @@ def shipped(s: Shape) -> list[Variant]:
             one, two = decode.fitting(s.H, rings[0]), decode.fitting(s.I, rings[1])
             out.append(replace(decode_variant(s, schedule.name, one, two), low=low, high=high))
         else:
-            module = stream if c.family == "stream" else prefill
-            out.append(grouped_variant(s, schedule.name, low, high, module, c.first, c.second,
-                                       c.tile_rows, c.sorted_by, c.grain))  # fmt: skip
+            variant = grouped_variant(s, schedule.name, low, high, c.first, c.sorted_by, c.grain)
+            out.append(variant)
     return out
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096, 16384)
-NAMES = ("gather", "stream16", "stream64", "stream160", "prefill", "mma16", "mma64")
+NAMES = ("gather", "stream16", "stream64", "stream160", "mma16", "mma64")
 BYTES = {"float32": 4, "bfloat16": 2, "int32": 4}
 
 

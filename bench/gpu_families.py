@@ -25,7 +25,7 @@ import numpy as np
 TOKENS = (0, 1, 2, 7, 33, 257)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
 TENSOR = (
-    "gather", "stream16", "stream64", "stream160", "prefill", "mma16", "mma64", "simple", "loop",
+    "gather", "stream16", "stream64", "stream160", "mma16", "mma64", "simple", "loop",
 )  # fmt: skip
 # Variant "c": sizes that the two-launch schedule takes, which the tiny variants are too odd for.
 _WIDE = {"hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 192}

@@ -22,7 +22,7 @@ FUNCTION = Function(
      TensorType("topk_weights", ("T", K), "float32")),
     (), (TensorType("y", ("T", H), "bfloat16"),),
     tuple(Variant(f"s{n}", name, span, (1000, 100), True, {})
-          for n, (name, span) in enumerate([("gather", (0, 8)), ("prefill", (8, None))])),
+          for n, (name, span) in enumerate([("gather", (0, 8)), ("stream16", (8, None))])),
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_what_fits_is_passed_on(call: Fake, tokens: int, index: int, given: bool
 
 
 def test_a_named_schedule_is_used(call: Fake) -> None:
-    assert call._short(torch, tensors(), None, "prefill") is not None
+    assert call._short(torch, tensors(), None, "stream16") is not None
     assert call.seen[0]["index"] == 1
 
 

@@ -108,7 +108,7 @@ TABLE = MoESpec(
 # What is compiled: a block, the schedules of it (none: those that are chosen), the architecture.
 BUILDS = {
     "all of Hopper": (block(), (), "sm_90a"),
-    "float16, biases": (BIASED, ("gather", "prefill"), "sm_90a"),
+    "float16, biases": (BIASED, ("gather", "stream160"), "sm_90a"),
     "odd, no gate": (MIXER, ("stream16",), "sm_90a"),
     "shared expert": (GROUPED, ("mma64",), "sm_90a"),
     "rare parts": (RARE, ("simple", "loop"), "sm_90a"),
@@ -152,7 +152,7 @@ def test_decode_takes_two_launches_and_the_others_four() -> None:
     assert launches["gather"] == 2
     assert launches["stream16"] == launches["stream32"] == 4
     # the sort of the others takes two
-    assert launches["stream64"] == launches["stream160"] == launches["prefill"] == 5
+    assert launches["stream64"] == launches["stream160"] == 4
 
 
 @pytest.mark.parametrize("arch", target.GPUS)
@@ -172,7 +172,7 @@ def test_every_token_count_has_one_variant(arch: str, names: tuple[str, ...]) ->
 @pytest.mark.parametrize(
     ("spec", "name", "reason"),
     [
-        (block("float32"), "prefill", "bfloat16"),
+        (block("float32"), "stream64", "bfloat16"),
         (block(hidden=40), "gather", "multiple of 64"),
         (block(apply_to=ApplyTo.INPUT), "stream16", "input"),
         (RARE, "gather", "normed"),
@@ -208,7 +208,7 @@ def test_routing_takes_one_launch_on_hopper(arch: str, route: int) -> None:
 
 def test_hopper_kernels_are_refused_elsewhere() -> None:
     with pytest.raises(TargetError, match="sm_80 has no wgmma"):
-        lowered(block(), "prefill", arch="sm_80")
+        lowered(block(), "stream160", arch="sm_80")
 
 
 def test_loop_launches_two_kernels_an_expert() -> None:
@@ -267,11 +267,6 @@ def test_unknown_architectures(text: str) -> None:
 def test_configs_that_cannot_work_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(TargetError, match="stream"):
         stream.StreamConfig(**config)  # type: ignore[arg-type]
-
-
-def test_a_ring_that_would_stand_still_is_refused() -> None:
-    with pytest.raises(TargetError, match="a lag of 2 needs 4 stages"):
-        prefill.PrefillConfig(stages=3)
 
 
 @pytest.mark.parametrize("config", [{"rows": 24}, {"rows": 64, "outs": 96}, {"rows": 256}])

@@ -24,7 +24,6 @@ from ..passes.loop_experts import LoopExperts
 from . import mma, route, sort
 from .host import entry
 from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
-from .prefill import PrefillConfig
 from .sort import Grid
 from .stream import StreamConfig
 
@@ -120,7 +119,6 @@ def _portable(
 
 
 _DECODE = 9  # from here on rows are sorted: `gather` holds 8 tokens, and is faster to there
-_PREFILL = PrefillConfig()
 _SIMPLE = CudaConfig("simple", sorted_by=Grid.COUNTED)
 SCHEDULES = {
     schedule.name: schedule
@@ -135,11 +133,6 @@ SCHEDULES = {
         _stream(StreamConfig(32, stages=8, once=True), 6.25),
         _stream(StreamConfig(64, (16, 32, 48, 64), once=True), 12.5, Grid.CLUSTER),
         _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 28.0, Grid.CLUSTER),
-        Schedule(
-            "prefill", "cuda", "persistent warp-specialised wgmma, tiles of 128 tokens",
-            _FOLDED, CudaConfig("prefill", _PREFILL, _PREFILL, 128, 0, Grid.CLUSTER),
-            TokenRange(_DECODE), True, _tensor_cores, _from(1536.0),
-        ),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(
@@ -198,7 +191,7 @@ def _requires(target: Target) -> dict[str, Any]:
     return {"os": target.os, "arch": target.arch, "features": [], "gpu": target.isa}
 
 
-_FUSED = tuple(n for n in SCHEDULES if n.startswith(("stream", "prefill", "mma", "plain")))
+_FUSED = tuple(n for n in SCHEDULES if n.startswith(("stream", "mma", "plain")))
 BACKEND = Backend(
     "cuda", SCHEDULES, _open, _packing, _build, _requires, entry, {"fused": _FUSED}
 )  # fmt: skip

@@ -33,6 +33,11 @@ __forceinline__ __device__ void moec_cluster_sync() {
 }
 """
 
+# The next number of a counter in global memory.
+CLAIM = r"""
+__forceinline__ __device__ int moec_claim(int* counter) { return atomicAdd(counter, 1); }
+"""
+
 # An integer in the shared memory of another block of the cluster, at the place of one's own.
 CLUSTER_LOAD = r"""
 __forceinline__ __device__ int moec_cluster_load(const void* own, int rank) {

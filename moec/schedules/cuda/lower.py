@@ -24,7 +24,7 @@ from ...ops.define import OpDef, attributes, dtype_of
 from ...spec import ActivationSpec, MoESpec, SharedGate
 from ..buffers import Kernel
 from ..program import Legalize, Lowering, origin
-from . import decode, dense, finish, loop, mma, prefill, simple, stream, thin
+from . import decode, dense, finish, loop, mma, simple, stream, thin
 from . import route as route_kernel
 from . import sort as sort_kernel
 from .script import quick_macros
@@ -299,14 +299,14 @@ class _Table:
                 lambda s: mma.matmul(s, tensor, config.first, 2 * SMS),
             )  # fmt: skip
         shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype)
-        module: Any = stream if config.family == "stream" else prefill
         if reduce:
             return self.own.kernel(
-                role, (shape, config.second), lambda s: module.down(s, shape, config.second, SMS)
+                role, (shape, config.second), lambda s: stream.down(s, shape, config.second, SMS)
             )
+        own_act = act or ActivationSpec()  # the first matmul always has one
         return self.own.kernel(
-            role, (shape, act, config.first),
-            lambda s: module.gate_up(s, shape, act, config.first, SMS),
+            role, (shape, own_act, config.first),
+            lambda s: stream.gate_up(s, shape, own_act, config.first, SMS),
         )  # fmt: skip
 
     def _indexed(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:

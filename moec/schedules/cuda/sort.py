@@ -21,6 +21,7 @@ MAX_EXPERTS = THREADS - 1
 TILE_WORDS = 4
 CLUSTER = 8  # blocks that every GPU with clusters runs together
 AHEAD = 8  # ids of a thread in flight
+GROUP = 16  # tiles of an expert that are multiplied with the same weight rows in turn
 
 
 class Grid(Enum):
@@ -34,8 +35,10 @@ class Grid(Enum):
 def buffers(experts: int, top_k: int) -> tuple[Buf, ...]:
     """topk_ids, and what the sort leaves: row_order, expert_offsets, tiles, tile_count.
 
-    tiles [tile_count] are (expert, first sorted row, rows, 0), expert by expert; a tile holds
-    at least one row, hence S of them are enough.
+    tiles [tile_count[0]] are (expert, first sorted row, rows, walk), expert by expert; a tile
+    holds at least one row, hence S of them are enough. walk: up to GROUP tiles of an expert form
+    a group, f * 2 * GROUP + n for the n tiles from f on, that are multiplied with the same
+    weight rows before the next ones. tile_count[1] and [2] are 0: counters of the matmuls.
     """
     return (
         Buf("topk_ids", (PerToken(), top_k), "int32", True),
@@ -227,9 +230,11 @@ def sort(
                         TILES[(tile + j) * 4] = tid
                         TILES[(tile + j) * 4 + 1] = base + j * span_
                         TILES[(tile + j) * 4 + 2] = T.min(span_, mine - j * span_)
-                        TILES[(tile + j) * 4 + 3] = 0
+                        TILES[(tile + j) * 4 + 3] = (tile + j // GROUP * GROUP) * (2 * GROUP) + T.min(GROUP, own[1] - j // GROUP * GROUP)
                 else:
                     COUNT[0] = tile
+                    COUNT[1] = 0
+                    COUNT[2] = 0
         T.cuda.cta_sync()
         for i in T.serial((turns + AHEAD - 1) // AHEAD):
             ahead_of(i * AHEAD)

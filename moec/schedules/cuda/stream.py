@@ -1,10 +1,14 @@
-"""Grouped matmuls for few rows an expert: every weight byte is read once, as fast as it comes.
+"""Grouped matmuls on wgmma: every weight byte is read once where an expert has few rows.
 
-The sides are swapped: 128 weight rows are the M side of wgmma (64 a warpgroup) and the tokens
-of the expert its N side, 8 to 160 of them, so that padding costs no bandwidth. For a gated
-first matmul the tile holds a few gate rows, their up rows, the next gate rows...: one TMA box
-of five dimensions lays the canonical weight out like that, and both values of a pair end up
+The sides are swapped: 128 or 256 weight rows are the M side of wgmma (64 or 128 a warpgroup) and
+the tokens of an expert its N side, 8 to 160 of them, so that padding costs no bandwidth. For a
+gated first matmul the tile holds a few gate rows, their up rows, the next gate rows...: one TMA
+box of five dimensions lays the canonical weight out like that, and both values of a pair end up
 in one thread. Every warp transposes its own results through shared memory.
+
+A block runs on each multiprocessor and claims tiles from a counter, in their order. Shared out
+beforehand, tiles that want the same weights would drift apart: with 58 MB of weights an expert
+(DeepSeek-V3) each of them then reads the weights from memory again.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
@@ -16,14 +20,16 @@ from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
-from .intrinsics import BARRIER_WAIT, fresh, opaque
+from .intrinsics import BARRIER_WAIT, CLAIM, fresh, opaque
 from .shapes import Matmul
+from .sort import GROUP
 
 _TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
 _HINT = ".L2::cache_hint"
 _EVICT_FIRST = 0x12F0000000000000  # a cache policy, as createpolicy makes it
 BK = 64
+QUEUE = 4  # tiles that were claimed and are not all heard of yet, at most
 THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
 GATHERING = 96
 SHARED_LIMIT = 227 * 1024
@@ -67,7 +73,7 @@ class StreamConfig:
 
     def ring(self) -> int:
         """Stages of the ring."""
-        room = SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256
+        room = SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256 - 32 * QUEUE
         stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
         return self.stages or min(12, room // stage)
 
@@ -98,11 +104,11 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     NOUT = BM // 2 if PAIR else BM  # outputs of a tile
     WOUT = NOUT // 8  # of a warp
     NB = -(-COLS // NOUT)
-    # Tiles of tokens before the next weight rows: where an expert has so many weight rows that
-    # its tiles would not run together, its weights would be read once a tile.
-    GM = 1 if NB <= sms // 2 else 8
     KB = -(-K // (BK * D))
     EARLY = min(ST, KB)  # stages whose weights are loaded before the wait
+    LOOK = min(2, KB - 1)  # K block at which the next tile is looked up
+    CLAIMS = 1 if FIRST else 2  # the counter in tile_count
+    HEARERS = 8 + GATHERING // 32 if FIRST else 8  # warps that are told of a tile
     WIDTHS = config.widths or (N,)
     NV = len(WIDTHS)
     NACC = MB * N // 2
@@ -159,12 +165,18 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         Ds = pool.alloc((8, PART, WOUT), DT, align=128)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
+        claims = pool.alloc((QUEUE, 4), "int32", align=16)
+        told = pool.alloc((QUEUE,), "uint64", align=8)
+        heard = pool.alloc((QUEUE,), "uint64", align=8)
         pool.commit()
 
         if tid == 352:
             for i in T.unroll(ST):
                 T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(FULL))
                 T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(8))
+            for i in T.unroll(QUEUE):
+                T.ptx.mbarrier.init.shared.b64(told.ptr_to([i]), T.uint32(1))
+                T.ptx.mbarrier.init.shared.b64(heard.ptr_to([i]), T.uint32(HEARERS))
             T.ptx.fence.mbarrier_init.release.cluster()
         T.cuda.cta_sync()
         # The first matmul lets the second one start after its own wait: the sort is complete
@@ -175,46 +187,36 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
 
         stage: T.int32 = 0
         phase: T.int32 = 0
-        tile: T.int32 = bx
-        mtiles: T.int32 = fresh(COUNT, 0)
-        total: T.int32 = mtiles * NB
+        slot: T.int32 = 0
+        turn: T.int32 = 0
         e: T.int32
         row0: T.int32
         rows: T.int32
         n: T.int32
-        next_e: T.int32
-        next_row0: T.int32
-        next_rows: T.int32
-        next_n: T.int32
 
         @T.inline
         def wait(bar, parity):
             T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
-        # The next tile is looked up while the current one is computed.
+        # What the thread that loads weights claimed: its tile, or no rows at the end.
         @T.inline
-        def look(which):
-            if which < total:
-                m: T.int32
-                if GM == 1:
-                    m = which // NB
-                    next_n = which - m * NB
-                else:
-                    g: T.int32 = which // (GM * NB)
-                    gm: T.int32 = T.min(mtiles - g * GM, GM)
-                    next_n = (which - g * (GM * NB)) // gm
-                    m = g * GM + (which - g * (GM * NB)) % gm
-                next_e = fresh(TILES, m * 4)
-                next_row0 = fresh(TILES, m * 4 + 1)
-                next_rows = fresh(TILES, m * 4 + 2)
+        def hear():
+            wait(told.ptr_to([slot]), turn)
+            e = claims[slot, 0]
+            row0 = claims[slot, 1]
+            rows = claims[slot, 2]
+            n = claims[slot, 3]
+            T.cuda.warp_sync()
+            if lane == 0:
+                T.ptx.mbarrier.arrive.shared.b64(heard.ptr_to([slot]), T.uint32(1))
+            next_slot()
 
         @T.inline
-        def locate():
-            n = next_n
-            e = next_e
-            row0 = next_row0
-            rows = next_rows
-            look(tile + sms)
+        def next_slot():
+            slot += 1
+            if slot == QUEUE:
+                slot = 0
+                turn = turn ^ 1
 
         @T.inline
         def advance():
@@ -242,6 +244,45 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             if lane == 0:
                 k0: T.int32 = 0
                 boxes: T.int32
+                tile: T.int32 = bx
+                total: T.int32 = fresh(COUNT, 0) * NB
+                next_e: T.int32
+                next_row0: T.int32
+                next_rows: T.int32
+                next_n: T.int32
+
+                # Blocks claim tiles in their order, so that those that share weights or tokens
+                # start at about the same time and meet in the L2, however long the others took.
+                @T.inline
+                def look():
+                    next_rows = 0
+                    if tile < total:
+                        walk: T.int32 = fresh(TILES, tile // NB * 4 + 3)
+                        group: T.int32 = walk // (GROUP * 2)
+                        many: T.int32 = walk % (GROUP * 2)
+                        inside: T.int32 = tile - group * NB
+                        next_n = inside // many
+                        m: T.int32 = group + inside - next_n * many
+                        next_e = fresh(TILES, m * 4)
+                        next_row0 = fresh(TILES, m * 4 + 1)
+                        next_rows = fresh(TILES, m * 4 + 2)
+
+                @T.inline
+                def tell():
+                    wait(heard.ptr_to([slot]), turn ^ 1)
+                    e = next_e
+                    row0 = next_row0
+                    rows = next_rows
+                    n = next_n
+                    boxes = (rows + BOX - 1) // BOX
+                    claims[slot, 0] = e
+                    claims[slot, 1] = row0
+                    claims[slot, 2] = rows
+                    claims[slot, 3] = n
+                    T.ptx.mbarrier.arrive.shared.b64(told.ptr_to([slot]), T.uint32(1))
+                    next_slot()
+                    if rows > 0:
+                        tile = sms + T.cuda.func_call("moec_claim", COUNT.ptr_to([CLAIMS]), source_code=CLAIM, return_type="int32")
 
                 @T.inline
                 def tokens_of(k):
@@ -257,27 +298,25 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     else:
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.Cast("uint32", ABYTES + boxes * PBYTES))
 
-                look(tile)
+                look()
+                tell()
                 if not FIRST:
-                    if tile < total:
-                        locate()
-                        boxes = (rows + BOX - 1) // BOX
+                    if rows > 0:
                         for k in T.serial(EARLY):
                             expect()
                             weights(k)
                             advance()
                     T.ptx.griddepcontrol.wait()
-                    if tile < total:
+                    if rows > 0:
                         stage = 0
                         phase = 0
                         for k in T.serial(EARLY):
                             tokens_of(k)
                             advance()
                         k0 = EARLY
-                while tile < total:
-                    if FIRST or k0 == 0:
-                        locate()
-                        boxes = (rows + BOX - 1) // BOX
+                        if EARLY > LOOK:
+                            look()
+                while rows > 0:
                     for k in T.serial(k0, KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         expect()
@@ -285,17 +324,18 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         if not FIRST:
                             tokens_of(k)
                         advance()
+                        if k == LOOK:
+                            look()
                     k0 = 0
-                    tile += sms
+                    tell()
         elif wid >= 8:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
             if FIRST:
                 # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight
                 src = T.alloc_local((TURNS * 2,), "int32")
                 first: T.int32 = (wid - 8) * 8
-                look(tile)
-                while tile < total:
-                    locate()
+                hear()
+                while rows > 0:
                     for p in T.unroll(TURNS):
                         for h in T.unroll(2):
                             r8: T.int32 = T.min(p * 24 + first + h * 4 + lane // 8, rows - 1)
@@ -317,7 +357,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         # arrives when this thread's copies have: nothing waits for them here
                         T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](full.ptr_to([stage]))
                         advance()
-                    tile += sms
+                    hear()
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](208)
             to_row = T.alloc_local((-(-N // 32),), "int32")
@@ -361,9 +401,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
 
-            look(tile)
-            while tile < total:
-                locate()
+            hear()
+            while rows > 0:
                 if not FIRST:
                     # where the tile's rows go: lane l knows that of tokens l, l + 32, ...
                     for p in T.unroll(-(-N // 32)):
@@ -456,6 +495,6 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                             if token < PART and t0 + token < rows and first_col + piece * apart < COLS:
                                 T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wid, token, (piece ^ token % 8 // LANES) * 8]))
                                 T.ptx["st.global.v4.u32"](OUT.ptr_to([to, first_col + piece * apart]), v[0], v[1], v[2], v[3])
-                tile += sms
+                hear()
     # fmt: on
     return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)
