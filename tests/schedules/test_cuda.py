@@ -191,7 +191,7 @@ def test_schedules_for_the_same_tokens_leave_no_empty_range() -> None:
     names = ("mma16", "gather", "stream16", "mma64", "simple")
     chosen = choose(backend("cuda"), names, block(), target.resolve("cuda:sm_90a"))
     assert {s.name: str(tokens) for s, tokens in chosen} == {
-        "mma16": "T < 8", "gather": "None", "stream16": "8 <= T < 64", "mma64": "T >= 64",
+        "mma16": "T < 9", "gather": "None", "stream16": "9 <= T < 64", "mma64": "T >= 64",
         "simple": "None",
     }  # fmt: skip
 
