@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import mmap
-from math import prod
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+
+from moec.artifact import anonymous
 
 # name -> (E, K, H, I); mixtral with half its width, so that it fits beside its peers.
 LAYERS = {
@@ -53,21 +52,13 @@ def write_checkpoint(folder: Path, layer: str, dtype: str) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory of its own, on huge pages where the process may have them."""
-    kind = np.dtype(dtype)
-    memory = mmap.mmap(-1, prod(shape) * kind.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8).view(kind).reshape(shape)
-
-
 def canonical(folder: Path, layer: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """gate_up [E, 2I, H] and down [E, H, I]; the peers that take them so share this memory."""
     experts, _, hidden, inner = LAYERS[layer]
     stored = load_file(folder / "model.safetensors")
-    gate_up = empty((experts, 2 * inner, hidden), NUMPY[dtype])
-    down = empty((experts, hidden, inner), NUMPY[dtype])
+    bits = {"float32": "float32", "bfloat16": "uint16"}[dtype]
+    gate_up = anonymous((experts, 2 * inner, hidden), bits).view(NUMPY[dtype])
+    down = anonymous((experts, hidden, inner), bits).view(NUMPY[dtype])
     for e in range(experts):
         prefix = f"{_PREFIX}.experts.{e}"
         gate_up[e, :inner] = stored[f"{prefix}.gate_proj.weight"]

@@ -7,7 +7,6 @@ that a fraction of them says something about the kernels and not about the compi
 from __future__ import annotations
 
 import itertools
-import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .. import host
+from ..artifact import anonymous
 from ..runtime.pool import use_workers
 from ..schedules.buffers import Buf, Kernel, PerToken
 from ..schedules.cpu.codegen import compile_module
@@ -93,10 +93,8 @@ class Loops:
 
 def _memory(isa: Isa) -> Any:
     """Rows of ones on huge pages, which is how the runtime keeps the weights that it packs."""
-    memory = mmap.mmap(-1, _READ_BYTES)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.float32).reshape(-1, isa.lanes * _VECTORS)
+    columns = isa.lanes * _VECTORS
+    array = anonymous((_READ_BYTES // 4 // columns, columns), "float32")
     array[:] = 1.0
     return array
 
