@@ -165,8 +165,11 @@ class Block:
         reads something else than x. Raises InputError for a tensor that does not fit, and for
         one that the block needs or does not know.
         """
+        call = self._function("moe")
+        if token_ids is None and shared_x is None and len(call.inputs) == 1:
+            return call((x,), out, schedule)[0]
         inputs = self._inputs("moe", x, token_ids=token_ids, shared_x=shared_x)
-        return self._function("moe")(inputs, out, schedule)[0]
+        return call(inputs, out, schedule)[0]
 
     def route(
         self, x: Any, schedule: str | None = None, *, token_ids: Any = None
