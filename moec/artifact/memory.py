@@ -44,7 +44,8 @@ def mapped(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
     """The bytes of a file, read-only; nothing is read before it is touched.
 
     On a Linux whose filesystem has large folios (measured: ext4 of 6.18) what is read then goes
-    into huge pages of the page cache, which all processes share.
+    into huge pages of the page cache, which all processes share; so does what is written in
+    large pieces (tensorfile.BLOCK).
     """
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
