@@ -5,8 +5,8 @@
         --ggml /tmp/ggml --json cpu.json
 
 Every round runs the machine's own loops (reading memory, multiplying in registers) and then
-each candidate, in turn, on the same inputs and the same weights, so that all of them meet the
-same state of the machine; for T <= 4 the reads also flush the caches before each call.
+each candidate, in a random order, on the same inputs and the same weights, so that all of them
+meet the same state of the machine; for T <= 4 the reads also flush the caches before each call.
 Reported: the median, its ratio to the best schedule of moec (above 1: moec is faster), and the
 fractions of the read bandwidth and of the arithmetic peak measured in the same rounds. Outputs
 are compared with moec's before anything is timed.

@@ -9,6 +9,7 @@ of its own, because the number of threads and the size of pages are those of a p
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -72,14 +73,15 @@ def run(
     table: dict[str, Candidate], sets: int, rounds: int, loops: Loops, args: SimpleNamespace, t: int
 ) -> Times:
     """Times over rounds that take each candidate and the machine's loops in turn."""
-    times = Times(_CLOCKS[args.clock])
+    times, order = Times(_CLOCKS[args.clock]), random.Random(t)
     for call in table.values():  # or the first candidate would pay for pages not touched yet
         for number in range(sets):
             call(number)
     for number in range(rounds):
         time.sleep(REST)
         machine(times, loops)
-        for name, call in table.items():
+        # In another order each time: who comes first, or after whom, may matter.
+        for name, call in order.sample(list(table.items()), len(table)):
             # Until the threads of the candidate before, which spin for a while, are asleep:
             # those of ONNX Runtime doubled the time of whoever came next.
             time.sleep(REST)
