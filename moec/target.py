@@ -25,7 +25,10 @@ CPUS: dict[str, tuple[str, str]] = {
     "znver4": (_X86, "avx512-bf16"),
     "aarch64": (_ARM, "neon"),
     "neoverse-n1": (_ARM, "neon"),
-    "neoverse-v1": (_ARM, "neon"),
+    "neoverse-v1": (_ARM, "neon-bf16"),
+    "neoverse-n2": (_ARM, "neon-bf16"),
+    "neoverse-v2": (_ARM, "neon-bf16"),
+    "armv8.6-a": (_ARM, "neon-bf16"),
 }
 # What the host offers -> the target it gets, best first. Decided by CPU flags and not by the
 # CPU's name: virtual machines often hide the name, and mask features the name implies.
@@ -111,7 +114,7 @@ def host_cpu() -> str:
     """The name in CPUS that fits this machine's instruction sets."""
     machine = host.host()
     if machine.arch == _ARM:
-        return "aarch64"
+        return "armv8.6-a" if "bf16" in machine.features else "aarch64"
     return next(name for need, name in _HOST_X86 if machine.features.issuperset(need))
 
 

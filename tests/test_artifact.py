@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import resource
@@ -10,12 +11,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from moec.artifact import Artifact, ArtifactWriter, is_artifact, read_entries
+from moec.artifact import Artifact, ArtifactWriter, is_artifact, read_entries, tensorfile
 from moec.artifact import disk as disk_module
 from moec.errors import ResourceError, UsageError
 from tests.runtime import fake
@@ -92,6 +94,38 @@ def test_weight_files_are_aligned_safetensors(tmp_path: Path) -> None:
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "bytes": path.stat().st_size,
         }
+
+
+def test_weight_files_are_written_in_whole_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that they lie on huge pages of the page cache, whatever pieces a tensor comes in."""
+    monkeypatch.setattr(tensorfile, "BLOCK", 64)
+    random = np.random.default_rng(1)
+    arrays = {f"t{n}": random.integers(0, 256, n * 37 % 400, np.uint8) for n in range(30)}
+    sizes: list[int] = []
+
+    class File(io.BytesIO):
+        def write(self, data: Any) -> int:
+            sizes.append(len(data))
+            return super().write(data)
+
+    file = File()
+    triples = [(name, "uint8", a.shape) for name, a in arrays.items()]
+    writer = tensorfile.TensorFileWriter(file, triples, tmp_path)
+    for name, array in arrays.items():
+        for piece in np.split(array, sorted(random.integers(0, array.size + 1, 2))):
+            if piece.size:
+                writer.write(name, piece)
+    digest = writer.finish()
+    assert hashlib.sha256(file.getvalue()).hexdigest() == digest
+    assert writer.bytes == len(file.getvalue())
+    assert all(size % 64 == 0 for size in sizes[:-1]) and max(sizes) > 64
+    path = tmp_path / "file"
+    path.write_bytes(file.getvalue())
+    for name, entry in read_entries(path).items():
+        got = file.getvalue()[entry.offset : entry.offset + entry.bytes]
+        assert got == arrays[name].tobytes()
 
 
 def test_tensors_must_come_in_order_and_whole(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ ALIGNMENT = 64
 PAGE = 4096
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 PAD_PREFIX = "pad."
+# What is written at once, at a multiple of itself. Linux keeps a file in the page cache in pages as
+# large as the pieces in which it was written: of this size, a huge page of most machines.
+BLOCK = 2 << 20
 
 _NAMES = {
     "bool": "BOOL",
@@ -105,6 +108,7 @@ class TensorFileWriter:
         # Hashing runs beside writing, as both release the interpreter lock.
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._index, self._left = -1, 0
+        self._block = bytearray()  # what is not written yet, less than BLOCK
         self.bytes = 0
         self._put(memoryview(header))
         self._next()
@@ -126,16 +130,32 @@ class TensorFileWriter:
         self._pool.shutdown()
         if self._index < len(self._entries):
             raise ValueError(f"tensor {self._entries[self._index].name!r} is incomplete")
+        with disk.errors(self._path):
+            self._file.write(self._block)
+        self._block = bytearray()
         return self._hash.hexdigest()
 
     def _put(self, view: memoryview) -> None:
         hashed = self._pool.submit(self._hash.update, view)
         try:
             with disk.errors(self._path):
-                self._file.write(view)
+                self._write_blocks(view)
         finally:
             hashed.result()
         self.bytes += len(view)
+
+    def _write_blocks(self, view: memoryview) -> None:
+        """Write whole blocks, and keep the rest for later."""
+        start = -len(self._block) % BLOCK
+        self._block += view[:start]
+        if len(self._block) == BLOCK:
+            self._file.write(self._block)
+            self._block = bytearray()
+        if not self._block:
+            end = start + (len(view) - start) // BLOCK * BLOCK
+            if end > start:
+                self._file.write(view[start:end])
+            self._block += view[end:]
 
     def _next(self) -> None:
         """Go to the next tensor that takes bytes, filling pads."""

@@ -7,11 +7,9 @@ that a fraction of them says something about the kernels and not about the compi
 from __future__ import annotations
 
 import itertools
-import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +19,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .. import host
+from ..artifact import anonymous
 from ..runtime.pool import use_workers
 from ..schedules.buffers import Buf, Kernel, PerToken
 from ..schedules.cpu.codegen import compile_module
@@ -52,31 +51,50 @@ class Machine:
 
 def measure(weights_dtype: str, threads: int | None = None) -> Machine:
     """Measure this machine for weights of a dtype; default: all cores of the process."""
-    target = resolve("cpu")
-    isa = ISAS[target.isa]
-    threads = min(threads or host.cores(), _MOST_THREADS)
-    pairs = isa.bf16_dot and weights_dtype == "bfloat16"
-    kernels = [*(_read_kernel(isa, streams) for streams in _STREAMS), _peak_kernel(isa, pairs)]
-    module = compile_module({k.symbol: k.func for k in kernels}, target)
-    memory = _shared(_memory(isa))
-    sums = _shared(np.zeros((_MOST_THREADS, isa.lanes), np.float32))
-    rows, peak = memory.shape[0], module["peak"]
-    # Left alone, TVM's pool has half of the cores, and the tasks of a loop would take turns.
-    use_workers(min(threads, host.cores()))
-    reads = [partial(module[k.symbol], memory, sums, rows, threads) for k in kernels[:-1]]
-    spent = min(map(_best, reads))
-    flops_spent = _best(lambda: peak(sums, threads))
-    per_fma = 4 if pairs else 2
-    done = per_fma * isa.lanes * _accumulators(isa) * _ROUNDS * threads
-    return Machine(_READ_BYTES / spent, done / flops_spent, threads)
+    loops = Loops(weights_dtype, threads)
+    spent = min(map(_best, loops.reads))
+    return Machine(loops.bytes / spent, loops.flops / _best(loops.peak), loops.threads)
+
+
+class Loops:
+    """The loops themselves: every one of `reads` reads `bytes`, `peak` does `flops` operations.
+
+    Several reads differ in the number of places that a thread reads at once.
+    """
+
+    def __init__(self, weights_dtype: str, threads: int | None = None) -> None:
+        target = resolve("cpu")
+        isa = ISAS[target.isa]
+        self.threads = min(threads or host.cores(), _MOST_THREADS)
+        pairs = isa.bf16_dot and weights_dtype == "bfloat16"
+        readers = [_read_kernel(isa, streams) for streams in _STREAMS]
+        kernels = [*readers, _peak_kernel(isa, pairs)]
+        module = compile_module({k.symbol: k.func for k in kernels}, target)
+        memory = _shared(_memory(isa))
+        sums = _shared(np.zeros((_MOST_THREADS, isa.lanes), np.float32))
+        per_fma = 4 if pairs else 2
+        self.bytes = _READ_BYTES
+        self.flops = per_fma * isa.lanes * _accumulators(isa) * _ROUNDS * self.threads
+        self.reads = [
+            self._call(module[k.symbol], memory, sums, memory.shape[0], self.threads)
+            for k in readers
+        ]
+        self.peak = self._call(module["peak"], sums, self.threads)
+
+    def _call(self, function: Any, *args: Any) -> Callable[[], Any]:
+        def run() -> None:
+            # Left alone, TVM's pool has half of the cores, and the tasks of a loop would take
+            # turns.
+            use_workers(min(self.threads, host.cores()))
+            function(*args)
+
+        return run
 
 
 def _memory(isa: Isa) -> Any:
     """Rows of ones on huge pages, which is how the runtime keeps the weights that it packs."""
-    memory = mmap.mmap(-1, _READ_BYTES)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.float32).reshape(-1, isa.lanes * _VECTORS)
+    columns = isa.lanes * _VECTORS
+    array = anonymous((_READ_BYTES // 4 // columns, columns), "float32")
     array[:] = 1.0
     return array
 

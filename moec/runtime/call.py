@@ -54,7 +54,10 @@ class Port:
 class _Prepared:
     """A frame and the places in it that change from call to call."""
 
-    __slots__ = ("call", "fixed", "inputs", "lengths", "outputs", "per_token", "room", "space")
+    __slots__ = (
+        "call", "fixed", "inputs", "lengths", "moving", "outputs", "per_token", "room", "size",
+        "space", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self, frame: abi.Frame, ports: tuple[int, int], lengths: list[Any], variant: Variant
@@ -63,9 +66,11 @@ class _Prepared:
         self.call = frame.call
         self.inputs = frame.tensors[:inputs]
         self.outputs = frame.tensors[-1 - outputs : -1]
+        self.moving = self.inputs + self.outputs
         self.space = frame.tensors[-1]
         self.room, self.lengths = lengths[-1], lengths[:-1]
         self.fixed, self.per_token = variant.workspace
+        self.tokens = self.size = 0  # what the lengths hold, and the size of the workspace
 
 
 class _Frames(threading.local):
@@ -143,16 +148,23 @@ class Call:
         return view(tensor, name, writable=writable)
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
-        ready = self._ready(index)
-        for tensor, got in zip(ready.inputs, views, strict=True):
-            tensor.data = got.address
-        for tensor, place in zip(ready.outputs, outputs, strict=True):
-            tensor.data = place
-        for length in ready.lengths:
-            length[0] = tokens
-        size = ready.fixed + ready.per_token * tokens
-        ready.space.data = workspace(size)
-        ready.room[0] = size
+        self._start(index, tokens, [*(view.address for view in views), *outputs])
+
+    def _start(self, index: int, tokens: int, places: list[int]) -> None:
+        """Run a variant on the memory of its inputs and outputs."""
+        ready = self._frames.table.get(index)
+        if ready is None:
+            ready = self._prepare(index)
+        number = 0
+        for tensor in ready.moving:
+            tensor.data = places[number]
+            number += 1
+        if tokens != ready.tokens:
+            for length in ready.lengths:
+                length[0] = tokens
+            ready.room[0] = ready.size = ready.fixed + ready.per_token * tokens
+            ready.tokens = tokens
+        ready.space.data = workspace(ready.size)
         use_workers(self._workers)
         ready.call()
 
@@ -195,6 +207,14 @@ class Call:
                     hint="leave out=None, or pass another tensor",
                 )
         return got.address
+
+    def _apart(self, inputs: list[int], place: int, tokens: int) -> bool:
+        """Whether an output at `place` overlaps no input."""
+        end = place + self._outputs[0].row * tokens
+        for port, given in zip(self._inputs, inputs, strict=True):
+            if place < given + port.row * tokens and given < end:
+                return False
+        return True
 
     def _choose(self, tokens: int, schedule: str | None) -> int:
         """Index of the variant for T: the first whose range holds it, or of a forced schedule."""

@@ -10,6 +10,7 @@ from ..spec import ExpertsSpec
 from . import cuda
 from .binding import Binding
 from .call import Call
+from .cpu_call import CpuCall
 from .gpu_binding import GpuBinding
 from .gpu_call import GpuCall
 from .libraries import Library
@@ -62,6 +63,6 @@ def make_calls(
             spec,
             threads,
         )
-    return lambda entry, name, function, spec: Call(
+    return lambda entry, name, function, spec: CpuCall(
         name, function, library, lambda: binding.parameters(entry), spec, threads
     )

@@ -98,14 +98,6 @@ class GpuCall(Call):
         place: int = tensor.data_ptr()
         return 0 if place % ALIGNMENT else place
 
-    def _apart(self, inputs: list[int], place: int, tokens: int) -> bool:
-        """Whether an output at `place` overlaps no input."""
-        end = place + self._outputs[0].row * tokens
-        for port, given in zip(self._inputs, inputs, strict=True):
-            if place < given + port.row * tokens and given < end:
-                return False
-        return True
-
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)
 

@@ -25,7 +25,7 @@ from ..artifact import Block as BlockEntry
 from ..errors import InputError, MoecError, TargetError, UsageError
 from ..spec import MoESpec
 from . import cuda
-from .binding import Binding
+from .binding import Binding, Memory
 from .call import Call
 from .devices import RUNNABLE, MakeCall, gpu_number, make_calls, open_device
 from .libraries import Library
@@ -41,18 +41,22 @@ def load(
     checkpoint: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     verify: Verify | str = Verify.FULL,
+    memory: Memory | str = Memory.MAP,
 ) -> Model:
     """Load the artifact at `path` for `device` ("cpu", "cuda:0", "metal:0").
 
     `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
     is how many parts a call is split into, by default the cores that this process may use;
     it never changes a result. `verify` "full" hashes every file first; "library" skips the
-    contents of weight files, which makes opening large artifacts fast.
+    contents of weight files, which makes opening large artifacts fast. `memory` "map" leaves
+    the weights that the artifact holds in the page cache, which costs no time to load and is
+    shared by processes; "copy" reads a layer into huge pages of this process when it is first
+    used, which decodes faster where the page cache has none (binding.py has the figures).
 
     Raises ArtifactError (damaged, or made by versions that do not fit), TargetError (nothing
     in it runs here), UsageError (no artifact, missing checkpoint, senseless argument).
     """
-    parts = _threads(threads)
+    parts, place = _threads(threads), _memory(memory)
     if verify == Verify.MANIFEST:
         raise UsageError(
             "a library is never loaded unhashed",
@@ -71,7 +75,7 @@ def load(
         raise TargetError(
             "the library cannot be loaded", where=error.message, hint="compile the artifact again"
         ) from None
-    binding = Binding(artifact, name, library, checkpoint, workers)
+    binding = Binding(artifact, name, library, checkpoint, workers, place)
     call = make_calls(device, metal, library, binding, (parts, workers))
     return Model(artifact, name, call, parts)
 
@@ -161,8 +165,11 @@ class Block:
         reads something else than x. Raises InputError for a tensor that does not fit, and for
         one that the block needs or does not know.
         """
+        call = self._function("moe")
+        if token_ids is None and shared_x is None and len(call.inputs) == 1:
+            return call((x,), out, schedule)[0]
         inputs = self._inputs("moe", x, token_ids=token_ids, shared_x=shared_x)
-        return self._function("moe")(inputs, out, schedule)[0]
+        return call(inputs, out, schedule)[0]
 
     def route(
         self, x: Any, schedule: str | None = None, *, token_ids: Any = None
@@ -251,6 +258,14 @@ def _threads(threads: int | None) -> int:
             f"threads={threads} makes no sense", where="threads", need=f"1 to {_MOST_THREADS}"
         )
     return threads
+
+
+def _memory(name: Memory | str) -> Memory:
+    try:
+        return Memory(name)
+    except ValueError:
+        known = ", ".join(m.value for m in Memory)
+        raise UsageError(f"memory={name!r} is unknown", where="memory", need=known) from None
 
 
 def _choose_target(artifact: Artifact, device: str) -> str:

@@ -160,6 +160,14 @@ NUMPY = _NumPy()
 _torch: _Torch | None = None
 
 
+def torch_kind(torch: Any) -> _Torch:
+    """The kind of torch's tensors."""
+    global _torch
+    if _torch is None or _torch.torch is not torch:
+        _torch = _Torch(torch)
+    return _torch
+
+
 def _view_numpy(array: np.ndarray[Any, Any], name: str, writable: bool) -> View:
     dtype = _NUMPY_NAMES.get(array.dtype)
     if dtype is None:
@@ -175,10 +183,8 @@ def _view_numpy(array: np.ndarray[Any, Any], name: str, writable: bool) -> View:
 
 
 def _view_torch(tensor: Any, name: str, torch: Any) -> View:
-    global _torch
-    if _torch is None or _torch.torch is not torch:
-        _torch = _Torch(torch)
-    if tensor.layout is not _torch.strided or tensor.is_nested:
+    kind = torch_kind(torch)
+    if tensor.layout is not kind.strided or tensor.is_nested:
         raise InputError(
             f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor",
             where=name,
@@ -196,7 +202,7 @@ def _view_torch(tensor: Any, name: str, torch: Any) -> View:
         )
     if not tensor.is_contiguous() or tensor.is_neg():
         raise not_contiguous(name, tuple(tensor.stride()))
-    dtype = _torch.names.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
+    dtype = kind.names.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
     try:
         address = tensor.data_ptr()
     except RuntimeError as error:  # tensors without memory, as under torch.compile
@@ -206,7 +212,7 @@ def _view_torch(tensor: Any, name: str, torch: Any) -> View:
             need="a plain torch tensor",
             hint="keep the call out of tracing (torch.compiler.disable)",
         ) from None
-    return View(address, tuple(tensor.shape), dtype, _torch, tensor)
+    return View(address, tuple(tensor.shape), dtype, kind, tensor)
 
 
 def _view_dlpack(tensor: Any, name: str, writable: bool) -> View:

@@ -255,6 +255,7 @@ def assembly(name: str, schedule: str) -> str:
         ("cpu:x86-64-v3", ("ymm", "vfmadd"), ("zmm", "vdpbf16ps")),
         ("cpu:x86-64", ("xmm", "mulps"), ("ymm", "zmm", "vfmadd", "vmulps")),
         ("cpu:aarch64", ("fmla",), ("xmm", "bfdot", "whilelo")),
+        ("cpu:neoverse-v1", ("bfdot", "bfcvtn", "fmla"), ("whilelo", "bfmmla")),
     ],
 )
 def test_the_code_keeps_to_its_instruction_set(

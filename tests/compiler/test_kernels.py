@@ -5,7 +5,9 @@ All blocks are compiled once a session; what errors are allowed is said in `case
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,19 +16,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moec
+from moec.host import missing
 from moec.ops import reference
+from moec.schedules.cpu import _requires
+from moec.target import CPUS, resolve
 from tests.blocks import Built, Small, bits, built, error, inputs
-from tests.compiler.cases import CASES, FUSED, GATHER, LOOP, PAIRS, TOLERANCE, tolerance
+from tests.compiler.cases import CASES, FUSED, GATHER, LOOP, PAIRS, TOLERANCE, block, tolerance
 
 TOKENS = (0, 1, 2, 5, 6, 7, 13, 40)  # below, at and above the rows of a register tile
 
 
-@pytest.fixture(scope="module")
-def baseline(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Some of the blocks for the lowest instruction set, which every x86-64 runs."""
-    wanted = (("all experts", LOOP), ("bfloat16", FUSED), ("float16", GATHER))
+# Targets of the instruction sets below this machine's own, which `cpu` covers.
+LOWER = [
+    f"cpu:{name}"
+    for name in ("x86-64", "x86-64-v3", "x86-64-v4", "aarch64")
+    if CPUS[name][1] != resolve("cpu").isa and missing(_requires(resolve(f"cpu:{name}"))) is None
+]
+
+
+@pytest.fixture(scope="module", params=LOWER)
+def lower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Some of the blocks for a lower instruction set."""
+    wanted = (("bfloat16", FUSED), ("all experts", LOOP), ("float16", GATHER))
+    if request.param != LOWER[0]:  # others have little of their own, and codegen takes seconds
+        wanted = wanted[:1]
     chosen = [replace(CASES[name], schedules=schedules) for name, schedules in wanted]
-    return built(chosen, tmp_path_factory.mktemp("baseline"), "cpu:x86-64")
+    return built(chosen, tmp_path_factory.mktemp("lower"), request.param)
 
 
 def check(small: Small, block: moec.Block, tokens: int, schedule: str, outside: bool) -> None:
@@ -58,12 +73,32 @@ def test_block(cpu: Built, name: str, schedule: str) -> None:
         check(cpu.blocks[n], cpu.loaded[n], tokens, schedule, outside=tokens % 2 == 1)
 
 
-def test_the_lowest_instruction_set(baseline: Built) -> None:
-    assert baseline.models[0].target == "cpu-x86-64"
-    for n, small in enumerate(baseline.blocks):
+def test_a_lower_instruction_set(lower: Built) -> None:
+    assert lower.models[0].target.replace("-", ":", 1) in LOWER
+    for n, small in enumerate(lower.blocks):
         for schedule in small.schedules:
             for tokens in (0, 1, 7):
-                check(small, baseline.loaded[n], tokens, schedule, outside=False)
+                check(small, lower.loaded[n], tokens, schedule, outside=False)
+
+
+# Around the lanes and panels of every instruction set; drawn, not chosen by who knows them.
+SIZES = st.one_of(st.integers(1, 9), st.sampled_from((15, 17, 31, 33, 63, 65, 127, 129)))
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_sizes_that_fit_no_tile(data: st.DataObject) -> None:
+    """Any E, K, H and I, for all instruction sets that run here."""
+    experts = data.draw(st.integers(1, 4), "E")
+    top_k = data.draw(st.sampled_from((1, experts)), "K")
+    dtype = data.draw(st.sampled_from(("float32", "bfloat16", "float16")), "dtype")
+    spec = block(dtype, experts, top_k, data.draw(SIZES, "H"), data.draw(SIZES, "I"))
+    schedule = data.draw(st.sampled_from((FUSED, GATHER, LOOP)), "schedule")
+    target = data.draw(st.sampled_from(["cpu", *LOWER]), "target")
+    with tempfile.TemporaryDirectory() as folder:
+        made = built([Small(spec, schedule)], Path(folder), target)
+        for tokens in (1, 5, 14):
+            check(made.blocks[0], made.loaded[0], tokens, schedule[0], outside=False)
 
 
 @st.composite

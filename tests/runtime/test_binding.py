@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import safetensors.numpy
 
 import moec.runtime
 from moec import host
-from moec.artifact import ArtifactWriter
+from moec.artifact import ArtifactWriter, anonymous, mapped
 from moec.checkpoint import Checkpoint
-from moec.errors import BadCheckpoint, CheckFailed, ResourceError, UsageError
+from moec.errors import ArtifactError, BadCheckpoint, CheckFailed, ResourceError, UsageError
+from moec.runtime.tensors import address
 from moec.weights import ParamPlan, Piece, WeightPlan
 from tests.runtime import fake
 
@@ -137,3 +139,54 @@ def test_weights_packed_for_another_target(tmp_path: Path) -> None:
     fake.edit(path, targets=twice, weights={"mode": "pack", "target": "cpu-away"})
     with pytest.raises(UsageError, match="packed for cpu-away, not for cpu-fake"):
         moec.runtime.load(path)
+
+
+def test_copied_weights_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory.COPY: read when a layer is first used, and never again."""
+    path = fake.copied(tmp_path)
+    mapping, copying = moec.runtime.load(path), moec.runtime.load(path, memory="copy")
+    random = np.random.default_rng(3)
+    x = random.normal(size=(9, fake.H)).astype("f4")
+    ids = random.integers(0, fake.E, (9, fake.K)).astype("i4")
+    w = random.random((9, fake.K)).astype("f4")
+    first, second = mapping.layers
+    for _ in range(2):
+        expected = mapping[first].experts(x, ids, w)
+        np.testing.assert_array_equal(copying[first].experts(x, ids, w), expected)
+        for file in path.rglob("*.safetensors"):
+            file.unlink(missing_ok=True)
+    with pytest.raises(ArtifactError):
+        copying[second].experts(x, ids, w)
+    with pytest.raises(UsageError, match="memory='disk' is unknown"):
+        moec.runtime.load(fake.shared(), memory="disk")
+    monkeypatch.setattr(host, "memory", lambda: (1 << 30, 100))
+    with pytest.raises(ResourceError, match="copying layer 1 needs") as caught:
+        moec.runtime.load(fake.shared(), memory="copy")[1].experts(x, ids, w)
+    assert "memory='map'" in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how memory is mapped")
+def test_large_parameters_may_be_on_huge_pages(tmp_path: Path) -> None:
+    """Private memory that asks for them: shared anonymous memory, mmap's default, gets none."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(8 << 20))
+    for array in (anonymous((8 << 20,), "uint8"), mapped(file)):
+        flags = mapping_flags(address(array))
+        assert "sh" not in flags and (not THP.exists() or "hg" in flags), flags
+        assert not array.any()
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+def mapping_flags(place: int) -> list[str]:
+    """VmFlags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and ":" not in head:
+            low, high = (int(end, 16) for end in head.split("-"))
+            inside = low <= place < high
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError("no mapping holds the address")

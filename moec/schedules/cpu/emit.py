@@ -17,8 +17,10 @@ from tvm.tirx.script import builder as T
 
 from .isa import Isa
 
-# LLVM helpers for instructions that TIR cannot spell: TIR has no <32 x bfloat>.
-_AVX512_BF16_LLVM = """
+# LLVM helpers for instructions that TIR cannot spell: TIR has no <32 x bfloat>. By the lanes of
+# the instruction set that has them.
+_BF16_LLVM = {
+    16: """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
 define <16 x float> @moec_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) \
@@ -34,7 +36,24 @@ define <16 x i16> @moec_cvtbf16(<16 x float> %a) alwaysinline nounwind {
   %r = bitcast <16 x bfloat> %b to <16 x i16>
   ret <16 x i16> %r
 }
-"""
+""",
+    4: """
+declare <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float>, <8 x bfloat>, <8 x bfloat>)
+define <4 x float> @moec_dpbf16(<4 x float> %c, <4 x i32> %a, <4 x i32> %b) \
+alwaysinline nounwind {
+  %x = bitcast <4 x i32> %a to <8 x bfloat>
+  %y = bitcast <4 x i32> %b to <8 x bfloat>
+  %r = call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %c, \
+<8 x bfloat> %x, <8 x bfloat> %y)
+  ret <4 x float> %r
+}
+define <4 x i16> @moec_cvtbf16(<4 x float> %a) alwaysinline nounwind {
+  %b = fptrunc <4 x float> %a to <4 x bfloat>
+  %r = bitcast <4 x bfloat> %b to <4 x i16>
+  ret <4 x i16> %r
+}
+""",
+}
 
 # Every vector register counts as overwritten by the first, so no value stays in one across it;
 # no load moves across the second.
@@ -93,7 +112,7 @@ class Emit:
         name, count = self.isa.registers
         clobbers = ",".join(f"~{{{name}{i}}}" for i in range(count))
         release = _RELEASE_LLVM.format(clobbers=clobbers)
-        return release + (_AVX512_BF16_LLVM if self.isa.bf16_dot else "")
+        return release + (_BF16_LLVM[self.lanes] if self.isa.bf16_dot else "")
 
     def release_registers(self) -> None:
         """Keep LLVM from holding constants of an epilogue in registers that a tile needs."""
@@ -147,7 +166,7 @@ class Emit:
         return tirx.Max(self.splat(limit), x)
 
     def dot_bf16(self, acc: Any, words: Any, word: Any) -> Any:
-        """acc + w0 * a0 + w1 * a1 for a pair of bfloat16 in each 32-bit lane (AVX512-BF16)."""
+        """acc + w0 * a0 + w1 * a1 for a pair of bfloat16 in each 32-bit lane (where `bf16_dot`)."""
         return T.call_pure_extern(self.f32v, "moec_dpbf16", acc, words, word)
 
     def reduce_max(self, vector: Any) -> Any:

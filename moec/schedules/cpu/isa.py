@@ -66,5 +66,9 @@ AVX2 = Isa("avx2", 8, 2, 6, True, False, ("xmm", 16), "x86-64-v3", (), _V3)
 SSE2 = Isa("sse2", 4, 2, 4, False, False, ("xmm", 16), "x86-64", (), ("sse2",))
 # 32 registers of 4 lanes; fused multiply-add is part of the base architecture.
 NEON = Isa("neon", 4, 4, 6, True, False, ("v", 32), "generic", (), ("asimd",))
+# FEAT_BF16, which every core of Armv8.6 and later has: bfdot is AVX512-BF16's dot in 4 lanes.
+NEON_BF16 = Isa(
+    "neon-bf16", 4, 4, 6, True, True, ("v", 32), "generic", ("+bf16",), ("asimd", "bf16")
+)
 
-ISAS = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, SSE2, NEON)}
+ISAS = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, SSE2, NEON_BF16, NEON)}
