@@ -13,13 +13,13 @@ from moec.compiler.lower import Lowered, lower
 from moec.compiler.options import CompileOptions
 from moec.schedules import backend, choose
 from moec.schedules.metal import codegen
-from moec.schedules.metal.kernel import MSL
 from moec.spec import MoESpec
-from tools.metal_emulator import announce
+from tools.metal_emulator import announce, kernels
 
 Array = np.ndarray[Any, Any]
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-SCHEDULES = ("fused", "gather", "loop")
+SCHEDULES = ("tiles32", "tiles64", "gather", "loop")
+HEAD = "#include <metal_stdlib>"
 
 
 def lowered(spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES) -> Lowered:
@@ -30,20 +30,20 @@ def lowered(spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES) -> Lowered:
 
 
 class Block:
-    """Random canonical parameters and the compiled `functions` of a spec."""
+    """Random canonical parameters and the compiled functions `parts` of a spec."""
 
     def __init__(
         self,
         spec: MoESpec,
         schedules: tuple[str, ...] = SCHEDULES,
-        functions: tuple[str, ...] = ("experts",),
+        parts: tuple[str, ...] = ("experts",),
         seed: int = 0,
     ) -> None:
         self.spec, self.lowered = spec, lowered(spec, schedules)
-        entries = [v.entry for f in functions for v in self.lowered.variants[f]]
+        entries = [v.entry for f in parts for v in self.lowered.variants[f]]
         symbols = {s for entry in entries for s in (entry.symbol, *entry.kernels)}
-        self._functions = {n: f for n, f in self.lowered.functions.items() if n in symbols}
-        self._module = codegen.compile_module(self._functions, target.resolve("metal:emulated"))
+        functions = {n: f for n, f in self.lowered.functions.items() if n in symbols}
+        self._module = codegen.compile_module(functions, target.resolve("metal:emulated"))
         for text in self.texts().values():
             announce(text)
         random = np.random.default_rng(seed)
@@ -54,15 +54,9 @@ class Block:
 
     def texts(self) -> dict[str, str]:
         """Kernel name -> the MSL that the device compiles."""
-        out = {}
-        texts = {
-            n: list(f.attrs[MSL]) for n, f in self._functions.items() if f.attrs and MSL in f.attrs
-        }
         code = self._module.imports[0].inspect_source()
-        for piece in code.split("// Function: ")[1:]:
-            name, text = piece.split("\n", 1)
-            out[name] = codegen.with_library(text, texts) if "MOEC_BOUND" not in text else text
-        return out
+        texts = [f"{HEAD}{text}" for text in code.split(HEAD)[1:]]
+        return {kernels(text)[0]: text for text in texts}
 
     def run(self, function: str, schedule: str, **inputs: Array) -> dict[str, Array]:
         """The outputs of "route", "experts" or "moe" by name."""

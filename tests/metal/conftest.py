@@ -14,7 +14,7 @@ from tests import models
 from tests.conftest import Saved
 from tools.metal_emulator import install
 
-SCHEDULES = ("fused", "gather", "loop")
+SCHEDULES = ("tiles32", "tiles64", "gather", "loop")
 
 
 @dataclass(frozen=True)

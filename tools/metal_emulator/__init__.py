@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .device import Counters, announce, install, launches, options
 from .lint import LintError, lint
-from .msl import ORDERS, MSLError, Order, run
+from .msl import ORDERS, MSLError, Order, kernels, run
 
 __all__ = [
     "ORDERS",
@@ -22,6 +22,7 @@ __all__ = [
     "Order",
     "announce",
     "install",
+    "kernels",
     "launches",
     "lint",
     "options",
