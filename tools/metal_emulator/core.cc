@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -66,7 +67,7 @@ void context_make(Context& made, char* stack, size_t size, void (*entry)()) {
 #endif
 
 // ---------------------------------------------------------------- state of a threadgroup
-enum Wait : uint8_t { kReady, kBarrier, kRendezvous, kDone };
+enum Wait : uint8_t { kReady, kBarrier, kRendezvous, kValue, kDone };
 
 struct Lane {
   Context context;
@@ -76,19 +77,34 @@ struct Lane {
   uvec3 id{0, 0, 0};
   const char* op = "";
   void* arg = nullptr;
+  size_t said = 0;  // operations of the SIMD group's log that this thread has come to
+};
+
+// An operation that all threads of a SIMD group come to, without waiting for each other.
+struct Said {
+  const char* op;
+  const void* at;
+  size_t stride;
+  uint64_t value;  // of a broadcast, once its source was here
+  bool known;
 };
 
 struct SimdGroup {
   int arrived = 0, size = 0;
   uint32_t epoch = 0;  // counts the barriers of this SIMD group
+  bool whole = false;  // what is touched now is touched by all its threads
   void* args[kSimd] = {};
+  std::vector<Said> log;  // since all of its threads met
 };
+
+constexpr int kWhole = 1024;
+int simd_of(int who) { return who < kWhole ? who / kSimd : who - kWhole; }
 
 // Who touched a unit of threadgroup memory last, and between which barriers.
 struct Shadow {
   uint32_t write_epoch = 0, read_epoch = 0;  // threadgroup barriers passed, plus one
   uint32_t write_simd_epoch = 0, read_simd_epoch = 0;
-  int16_t writer = -1, reader = -1;
+  int16_t writer = -1, reader = -1;  // a thread, or kWhole and the number of a SIMD group
   bool many_readers = false;
 };
 
@@ -128,10 +144,8 @@ struct Group {
   }
 };
 
-Group*& group() {
-  static thread_local Group* current = nullptr;
-  return current;
-}
+thread_local Group* g_group = nullptr;
+Group* group() { return g_group; }
 Lane& self() { return group()->lanes[group()->current]; }
 SimdGroup& own_simd() { return group()->simds[group()->current / kSimd]; }
 void to_main() { context_switch(self().context, group()->main); }
@@ -139,9 +153,7 @@ void to_main() { context_switch(self().context, group()->main); }
 }  // namespace
 
 int lane_id() { return group()->current % kSimd; }
-char* arena() { return group()->arena; }
-char* buffer_data(int buffer) { return group()->launch->buffers[buffer].data; }
-void count_mma() { ++group()->count.mma; }
+void fail(const char* message) { fail(std::string(message)); }
 
 void fail(const std::string& message) {
   Group* g = group();
@@ -165,6 +177,83 @@ void threadgroup_barrier(int line, bool orders_threadgroup) {
   to_main();
 }
 
+namespace {
+
+// All threads of a SIMD group are here: each must have come to the same operations.
+void met(Group* g, int simd) {
+  SimdGroup& s = g->simds[simd];
+  for (int i = simd * kSimd; i < simd * kSimd + s.size; ++i) {
+    if (g->lanes[i].said != s.log.size()) {
+      g->error = std::string("SIMD-group divergence: not all threads came to ") + s.log[g->lanes[i].said].op;
+      return;
+    }
+    g->lanes[i].said = 0;
+  }
+  s.log.clear();
+}
+
+// The entry of the operation that this thread has come to.
+Said& say(const char* op, const void* at, size_t stride) {
+  SimdGroup& simd = own_simd();
+  Lane& lane = self();
+  if (simd.size != kSimd) fail(std::string(op) + " in a partial SIMD group");
+  if (lane.said == simd.log.size()) {
+    simd.log.push_back({op, at, stride, 0, false});
+  } else {
+    const Said& first = simd.log[lane.said];
+    if (first.op != op && std::strcmp(first.op, op))
+      fail(std::string("SIMD-group divergence: ") + op + " meets " + first.op);
+    if (first.at != at || first.stride != stride)
+      fail(std::string(op) + ": pointer or stride differs between lanes");
+  }
+  return simd.log[lane.said++];
+}
+
+}  // namespace
+
+bool matrix_begin(const char* op, const void* at, size_t stride) {
+  say(op, at, stride);
+  if (lane_id() != 0) return false;
+  own_simd().whole = true;
+  return true;
+}
+
+void matrix_end() { own_simd().whole = false; }
+
+void matrix_product(float* d, const float* a, const float* b, const float* c) {
+  typedef float Row __attribute__((vector_size(32), aligned(4)));
+  Row sums[8];
+  for (int r = 0; r < 8; ++r) {
+    Row sum = *(const Row*)(c + r * 8);
+    for (int t = 0; t < 8; ++t) sum += a[r * 8 + t] * *(const Row*)(b + t * 8);
+    sums[r] = sum;
+  }
+  std::memcpy(d, sums, sizeof sums);
+  ++group()->count.mma;
+}
+
+uint64_t broadcast(uint64_t value, int source) {
+  Group* g = group();
+  if (source < 0 || source >= kSimd)
+    fail("simd_broadcast: lane " + std::to_string(source) + " is outside the SIMD group");
+  Said* said = &say("simd_broadcast", nullptr, source);
+  size_t number = self().said - 1;
+  int base = g->current / kSimd * kSimd;
+  if (g->current - base == source) {
+    said->value = value;
+    said->known = true;
+    for (int i = base; i < base + kSimd; ++i)
+      if (g->lanes[i].wait == kValue) g->lanes[i].wait = kReady;
+    return value;
+  }
+  while (!own_simd().log[number].known) {
+    self().op = "simd_broadcast";
+    self().wait = kValue;
+    to_main();
+  }
+  return own_simd().log[number].value;
+}
+
 // Meet all other threads of the SIMD group; the last one runs `f` on everybody's argument.
 void rendezvous(const char* op, void* arg, Meeting f, void* context) {
   Group* g = group();
@@ -183,6 +272,8 @@ void rendezvous(const char* op, void* arg, Meeting f, void* context) {
     if (std::strcmp(g->lanes[base + i].op, op))
       fail(std::string("SIMD-group divergence: ") + op + " meets " + g->lanes[base + i].op);
   simd.arrived = 0;
+  met(g, current / kSimd);
+  if (!g->error.empty()) fail(g->error);
   f(context, simd.args, simd.size);
   for (int i = 0; i < simd.size; ++i)
     if (base + i != current) g->lanes[base + i].wait = kReady;
@@ -196,10 +287,10 @@ void simdgroup_barrier(bool orders_threadgroup) {
 
 // ---------------------------------------------------------------- threadgroup memory
 // All threads of a threadgroup get the same storage for one declaration, poisoned with NaN.
-size_t threadgroup_array(int line, size_t bytes) {
+char* threadgroup_array(int line, size_t bytes) {
   Group* g = group();
   for (auto& array : g->arrays)
-    if (array.line == line) return array.offset;
+    if (array.line == line) return g->arena + array.offset;
   size_t offset = (g->arena_used + 15) / 16 * 16;
   if (offset + bytes > kThreadgroupLimit)
     fail("threadgroup memory: " + std::to_string(offset + bytes) + " of " +
@@ -207,50 +298,53 @@ size_t threadgroup_array(int line, size_t bytes) {
   g->arena_used = offset + bytes;
   g->count.threadgroup_memory = std::max<uint64_t>(g->count.threadgroup_memory, g->arena_used);
   std::memset(g->arena + offset, 0xFF, bytes);
-  for (size_t i = offset / kUnit; i < (offset + bytes + 1) / kUnit; ++i) g->shadow[i] = Shadow();
   g->arrays.push_back({line, offset, bytes});
-  return offset;
+  return g->arena + offset;
 }
 
 namespace {
 
-// Two accesses of which one writes must have a barrier between them, unless one thread did both.
-bool ordered(int other, uint32_t epoch, uint32_t simd_epoch) {
-  Group* g = group();
-  if (other < 0 || other == g->current || epoch != g->epoch) return true;
-  return other / kSimd == g->current / kSimd && simd_epoch != own_simd().epoch;
+std::string who(int thread) {
+  return thread < kWhole ? "thread " + std::to_string(thread)
+                         : "a matrix operation of SIMD group " + std::to_string(thread - kWhole);
 }
 
-}  // namespace
+// Two accesses of which one writes must have a barrier between them, unless one thread did both.
+bool ordered(int other, int me, uint32_t epoch, uint32_t simd_epoch) {
+  Group* g = group();
+  if (other < 0 || epoch != g->epoch || (other == me && me < kWhole)) return true;
+  return simd_of(other) == simd_of(me) && simd_epoch != own_simd().epoch;
+}
 
 void touch_threadgroup(size_t offset, size_t bytes, bool writes) {
   Group* g = group();
-  uint32_t simd_epoch = own_simd().epoch;
+  const SimdGroup& simd = own_simd();
+  int me = simd.whole ? kWhole + g->current / kSimd : g->current;
   g->count.threadgroup_bytes += bytes;
-  for (size_t i = offset / kUnit; i < (offset + bytes + kUnit - 1) / kUnit; ++i) {
-    Shadow& s = g->shadow[i];
-    if (!ordered(s.writer, s.write_epoch, s.write_simd_epoch))
+  Shadow* end = &g->shadow[(offset + bytes + kUnit - 1) / kUnit];
+  for (Shadow* p = &g->shadow[offset / kUnit]; p < end; ++p) {
+    Shadow& s = *p;
+    if (s.write_epoch == g->epoch && !ordered(s.writer, me, s.write_epoch, s.write_simd_epoch))
       fail(std::string("race in threadgroup memory: ") + (writes ? "write" : "read") +
-           " without a barrier after thread " + std::to_string(s.writer) + " wrote");
+           " without a barrier after " + who(s.writer) + " wrote");
     if (writes) {
       bool others = s.many_readers && s.read_epoch == g->epoch;
-      if (others || !ordered(s.reader, s.read_epoch, s.read_simd_epoch))
-        fail("race in threadgroup memory: write without a barrier after thread " +
-             std::to_string(s.reader) + " read");
-      s.writer = (int16_t)g->current;
+      if (others || !ordered(s.reader, me, s.read_epoch, s.read_simd_epoch))
+        fail("race in threadgroup memory: write without a barrier after " + who(s.reader) + " read");
+      s.writer = (int16_t)me;
       s.write_epoch = g->epoch;
-      s.write_simd_epoch = simd_epoch;
+      s.write_simd_epoch = simd.epoch;
     } else {
       bool same = s.read_epoch == g->epoch && s.reader >= 0;
       // Readers of several SIMD groups are remembered as "many": only a threadgroup barrier
       // orders a later write after all of them.
       if (!same)
         s.many_readers = false;
-      else if (s.reader / kSimd != g->current / kSimd)
+      else if (simd_of(s.reader) != simd_of(me))
         s.many_readers = true;
-      s.reader = (int16_t)g->current;
+      s.reader = (int16_t)me;
       s.read_epoch = g->epoch;
-      s.read_simd_epoch = simd_epoch;
+      s.read_simd_epoch = simd.epoch;
     }
   }
 }
@@ -279,6 +373,24 @@ void touch_device(int buffer, size_t offset, size_t bytes, bool writes) {
   }
 }
 
+}  // namespace
+
+void access(Space space, const void* place, size_t bytes, size_t align, bool writes, const char* begin,
+            const char* end, int buffer) {
+  const char* at = (const char*)place;
+  const char* what = space == kDevice ? "device" : "threadgroup";
+  if (at < begin || at + bytes > end)
+    fail(std::string(what) + (writes ? " write" : " read") + " out of bounds: byte " +
+         std::to_string(at - begin) + " of " + std::to_string(end - begin) +
+         (space == kDevice ? " of buffer " + std::to_string(buffer) : std::string()));
+  if ((uintptr_t)at % align)
+    fail(std::string(what) + " access is not aligned to " + std::to_string(align) + " bytes");
+  if (space == kThreadgroup)
+    touch_threadgroup(at - group()->arena, bytes, writes);
+  else
+    touch_device(buffer, at - group()->launch->buffers[buffer].data, bytes, writes);
+}
+
 // ---------------------------------------------------------------- running one threadgroup
 namespace {
 
@@ -294,12 +406,12 @@ void lane_entry() {
 
 void start(Group& g, uvec3 block, uint32_t index) {
   int n = block.x * block.y * block.z;
-  group() = &g;
+  g_group = &g;
   g.size = n;
   g.done = g.at_barrier = 0;
   g.error.clear();
   g.dead = false;
-  g.epoch = 1;
+  ++g.epoch;  // what earlier threadgroups touched is of another epoch
   g.index = index;
   g.arrays.clear();
   g.arena_used = 0;
@@ -308,7 +420,12 @@ void start(Group& g, uvec3 block, uint32_t index) {
     g.shadow.resize(kThreadgroupLimit / kUnit + 1);
   }
   if ((int)g.lanes.size() < n) g.lanes.resize(n);
-  g.simds.assign((n + kSimd - 1) / kSimd, SimdGroup());
+  g.simds.resize((n + kSimd - 1) / kSimd);
+  for (SimdGroup& simd : g.simds) {
+    simd.arrived = simd.size = 0;
+    simd.whole = false;
+    simd.log.clear();
+  }
   for (int i = 0; i < n; ++i) {
     Lane& lane = g.lanes[i];
     if (!lane.stack)
@@ -319,6 +436,7 @@ void start(Group& g, uvec3 block, uint32_t index) {
     lane.wait = kReady;
     lane.op = "";
     lane.line = 0;
+    lane.said = 0;
     lane.id = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     ++g.simds[i / kSimd].size;
   }
@@ -329,7 +447,7 @@ std::string stuck(const Group& g) {
   const char* op = "";
   for (int i = 0; i < g.size; ++i) {
     barrier += g.lanes[i].wait == kBarrier;
-    if (g.lanes[i].wait == kRendezvous) ++simd, op = g.lanes[i].op;
+    if (g.lanes[i].wait == kRendezvous || g.lanes[i].wait == kValue) ++simd, op = g.lanes[i].op;
   }
   return "divergence: " + std::to_string(g.done) + " threads returned, " +
          std::to_string(barrier) + " wait at threadgroup_barrier, " + std::to_string(simd) +
@@ -359,6 +477,8 @@ std::string run_group(Group& g, uvec3 block, uint32_t index) {
         if (g.lanes[i].line != g.lanes[0].line)
           return "divergence: threads wait at the barriers of MSL lines " +
                  std::to_string(g.lanes[0].line) + " and " + std::to_string(g.lanes[i].line);
+      for (size_t i = 0; i < g.simds.size(); ++i) met(&g, i);
+      if (!g.error.empty()) return g.error;
       g.at_barrier = 0;
       g.epoch += g.orders_threadgroup;
       ++g.count.barriers;
@@ -367,8 +487,9 @@ std::string run_group(Group& g, uvec3 block, uint32_t index) {
       return stuck(g);
     }
   }
+  for (size_t i = 0; i < g.simds.size(); ++i) met(&g, i);
   ++g.count.threadgroups;
-  return "";
+  return g.error;
 }
 
 void add(Counters& a, const Counters& b) {
@@ -381,6 +502,23 @@ void add(Counters& a, const Counters& b) {
   a.threadgroups += b.threadgroups;
   a.mma += b.mma;
   a.threadgroup_memory = std::max(a.threadgroup_memory, b.threadgroup_memory);
+}
+
+// Groups that no launch uses: making one maps the stacks of all its threads.
+std::mutex g_pool_lock;
+std::vector<std::unique_ptr<Group>> g_pool;
+
+std::unique_ptr<Group> take_group() {
+  std::lock_guard<std::mutex> hold(g_pool_lock);
+  if (g_pool.empty()) return std::make_unique<Group>();
+  std::unique_ptr<Group> g = std::move(g_pool.back());
+  g_pool.pop_back();
+  return g;
+}
+
+void give_group(std::unique_ptr<Group> g) {
+  std::lock_guard<std::mutex> hold(g_pool_lock);
+  g_pool.push_back(std::move(g));
 }
 
 }  // namespace
@@ -404,7 +542,9 @@ int launch(Body body, const Request& r) {
   std::mutex lock;
   std::string bad;
   auto work = [&] {
-    Group g;
+    std::unique_ptr<Group> own = take_group();
+    Group& g = *own;
+    g.count = Counters();
     g.launch = &l;
     g.body = body;
     Arguments& a = g.arguments;
@@ -422,6 +562,7 @@ int launch(Body body, const Request& r) {
     }
     std::lock_guard<std::mutex> hold(lock);
     add(l.total, g.count);
+    give_group(std::move(own));
   };
   std::vector<std::thread> threads;
   for (int t = 1; t < (l.trace ? 1 : r.config[2]); ++t) threads.emplace_back(work);

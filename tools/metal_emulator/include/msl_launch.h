@@ -1,4 +1,4 @@
-// From a kernel function to a launch: appended to the translated text, after the kernel.
+// From a kernel function to a launch: appended to the translated texts, after their kernels.
 #undef volatile
 #undef device
 #undef thread
@@ -37,5 +37,6 @@ template <class... A> void call(void (*f)(A...), const Arguments& a) {
 
 }  // namespace msl
 
-static void msl_body(const msl::Arguments& a) { msl::call(msl_kernel, a); }
-extern "C" int msl_entry(const msl::Request* r) { return msl::launch(msl_body, *r); }
+#define MSL_ENTRY(name, kernel_name)                                                        \
+  static void name##_body(const msl::Arguments& a) { msl::call(kernel_name, a); }          \
+  extern "C" int name(const msl::Request* r) { return msl::launch(name##_body, *r); }
