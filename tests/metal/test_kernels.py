@@ -6,6 +6,8 @@ products, erf to 2e-7), otherwise one rounding of h and one of the output.
 
 from __future__ import annotations
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -47,26 +49,49 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
+@cache
+def blocks(dtype: str) -> dict[str, Block]:
+    """A block for every activation; all are made before one runs, so that they compile together."""
+    # 4 does not divide I: the second matmul loads one element at a time, the first one four.
+    return {
+        name: Block(MoESpec(
+            dtype, RouterSpec(5, 2),
+            ExpertsSpec(5, 2, 40, 22, gated, activation, name == "silu", not gated),
+        ))
+        for name, (activation, gated) in ACTIVATIONS.items()
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str, dtype: str) -> None:
-    activation, gated = ACTIVATIONS[name]
-    # 4 does not divide I: the second matmul loads one element at a time, the first one four.
-    spec = MoESpec(
-        dtype,
-        RouterSpec(5, 2),
-        ExpertsSpec(5, 2, 40, 22, gated, activation, name == "silu", not gated),
-    )  # fmt: skip
-    block, random = Block(spec), np.random.default_rng(1)
-    for text in block.texts().values():
+    block, random = blocks(dtype)[name], np.random.default_rng(1)
+    texts = block.texts()
+    assert len(texts) == 11, sorted(texts)
+    for text in texts.values():
         lint(text)
     x = (2 * random.normal(size=(5, 40))).astype(NUMPY[dtype])
     ids = random.integers(0, 5, (5, 2)).astype(np.int32)
     weights = random.normal(size=(5, 2)).astype(np.float32)
-    want = reference.experts(spec, block.parameters, x, ids, weights)
+    want = reference.experts(block.spec, block.parameters, x, ids, weights)
     for schedule in SCHEDULES:
         y = block.run("experts", schedule, x=x, topk_ids=ids, topk_weights=weights)["y"]
         assert error(y, want) <= TOLERANCE[dtype], schedule
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_all_tiles_give_the_same_bits(dtype: str) -> None:
+    spec = MoESpec(dtype, RouterSpec(3, 2), ExpertsSpec(3, 2, 44, 70))
+    block, random = Block(spec, ("tiles32", "tiles64")), np.random.default_rng(1)
+    x = random.normal(size=(130, 44)).astype(NUMPY[dtype])
+    ids = random.integers(0, 3, (130, 2)).astype(np.int32)  # 87 rows an expert
+    routing = {"topk_ids": ids, "topk_weights": random.normal(size=(130, 2)).astype(np.float32)}
+    small, large = (block.run("experts", n, x=x, **routing)["y"] for n in ("tiles32", "tiles64"))
+    assert small.tobytes() == large.tobytes()
+    assert (
+        error(large, reference.experts(spec, block.parameters, x, *routing.values()))
+        <= (TOLERANCE[dtype])
+    )
 
 
 @pytest.mark.parametrize(("weights", "rows"), [("float32", "bfloat16"), ("float16", "float32")])

@@ -153,7 +153,7 @@ def _compiler() -> list[str]:
 
 def _flags() -> list[str]:
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing"]
-    flags += ["-ffp-contract=off", f"-I{HERE / 'include'}"]
+    flags += ["-fno-exceptions", "-ffp-contract=off", f"-I{HERE / 'include'}"]
     return [*flags, *_extensions()]
 
 
