@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import tvm
 
 from moec import target
 from moec.compiler.instruments import Observer
@@ -14,7 +17,7 @@ from moec.compiler.options import CompileOptions
 from moec.schedules import backend, choose
 from moec.schedules.metal import codegen
 from moec.spec import MoESpec
-from tools.metal_emulator import announce, kernels
+from tools.metal_emulator import kernels
 
 Array = np.ndarray[Any, Any]
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -43,9 +46,11 @@ class Block:
         entries = [v.entry for f in parts for v in self.lowered.variants[f]]
         symbols = {s for entry in entries for s in (entry.symbol, *entry.kernels)}
         functions = {n: f for n, f in self.lowered.functions.items() if n in symbols}
-        self._module = codegen.compile_module(functions, target.resolve("metal:emulated"))
-        for text in self.texts().values():
-            announce(text)
+        # Linking and loading a library takes a quarter of the time of TVM's JIT compiler.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "block.so"
+            codegen.build(functions, target.resolve("metal:emulated"), path)
+            self._module = tvm.runtime.load_module(str(path))
         random = np.random.default_rng(seed)
         self.parameters = {
             name: (random.normal(size=p.shape) / p.shape[-1] ** 0.5).astype(NUMPY[p.dtype])
@@ -60,8 +65,6 @@ class Block:
 
     def run(self, function: str, schedule: str, **inputs: Array) -> dict[str, Array]:
         """The outputs of "route", "experts" or "moe" by name."""
-        import tvm
-
         variant = next(v for v in self.lowered.variants[function] if v.schedule.name == schedule)
         entry, metal = variant.entry, tvm.metal(0)
         tokens, e = len(inputs["x"]), self.spec.experts

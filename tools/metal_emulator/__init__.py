@@ -10,7 +10,7 @@ Three tools, described in README.md:
 
 from __future__ import annotations
 
-from .device import Counters, announce, install, launches, options
+from .device import Counters, install, launches, options
 from .lint import LintError, lint
 from .msl import ORDERS, MSLError, Order, kernels, run
 
@@ -20,7 +20,6 @@ __all__ = [
     "LintError",
     "MSLError",
     "Order",
-    "announce",
     "install",
     "kernels",
     "launches",

@@ -206,7 +206,7 @@ def _precompiled(command: list[str]) -> Path:
         if made.exists():
             return header
         # Standard headers first: metal_stdlib defines words such as `thread` as macros.
-        names = ("string", "tuple", "vector", "metal_stdlib")
+        names = ("string", "utility", "vector", "metal_stdlib")
         header.write_text("".join(f"#include <{name}>\n" for name in names))
         fresh = made.with_suffix(f".{os.getpid()}")
         options = [flag for flag in command if flag != "-shared"]
