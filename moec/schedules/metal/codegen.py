@@ -32,8 +32,6 @@ def metal_target(target: Target) -> tvm.target.Target:
     host: dict[str, Any] = {"kind": "llvm", "mtriple": target.triple}
     if target.os == "macos":
         host["mcpu"] = "apple-m1"
-    else:
-        host["opt-level"] = 0  # emulated: compiled for one test, and it only launches kernels
     return tvm.target.Target(
         {
             "kind": "metal",
