@@ -15,9 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moec.artifact import Artifact
 from tests import models
 from tests.metal.conftest import SCHEDULES, Get
-from tools.metal_emulator import ORDERS, Order, options
+from tests.metal.payload import payload
+from tools.metal_emulator import ORDERS, Order, lint, options
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -88,6 +90,21 @@ def test_experts_with_ids_from_outside(
                 got = made.loaded[layer].experts(x, ids, weights, schedule=schedule)
                 limit = 2e-6 if dtype == "float32" else TOLERANCE[dtype]
                 assert error(got, want) <= limit, (name, tokens, schedule)
+
+
+@pytest.mark.parametrize(("family", "variant", "dtype"), CASES)
+def test_every_kernel_is_linted(compiled: Get, family: str, variant: str, dtype: str) -> None:
+    made = compiled(family, variant, dtype)
+    (library,) = (made.path / "lib").iterdir()
+    texts, manifest = payload(library.read_bytes()), Artifact.open(made.path).manifest
+    kernels = {
+        kernel
+        for function in manifest.targets["metal-emulated"].shapes["b0"].functions.values()
+        for variant_ in function.variants
+        for kernel in variant_.ops["kernels"]
+    }
+    assert kernels and {f"{kernel}_kernel" for kernel in kernels} <= set(texts)
+    lint(*texts.values())
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -204,7 +204,7 @@ Said& say(const char* op, const void* at, size_t stride) {
     if (first.op != op && std::strcmp(first.op, op))
       fail(std::string("SIMD-group divergence: ") + op + " meets " + first.op);
     if (first.at != at || first.stride != stride)
-      fail(std::string(op) + ": pointer or stride differs between lanes");
+      fail(std::string(op) + (at ? ": pointer or stride differs" : ": source differs") + " between lanes");
   }
   return simd.log[lane.said++];
 }
