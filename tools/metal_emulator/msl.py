@@ -181,16 +181,18 @@ def alone() -> Iterator[None]:
 @cache
 def _core() -> Path:
     """The library with the part that no kernel changes, built when its source changed."""
-    source = HERE / "core.cc"
-    header = HERE / "include" / "msl_fiber.h"
-    command = [*_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", f"-I{HERE}"]
+    files = [*sorted((HERE / "core").iterdir()), HERE / "include" / "msl_fiber.h"]
+    command = [*_compiler(), "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread"]
     command += [*_extensions(), "-ffp-contract=off", "-Wno-psabi"]
-    key = hashlib.sha256(" ".join(command).encode() + source.read_bytes() + header.read_bytes())
+    command += [str(file) for file in files if file.suffix == ".cc"]
+    key = hashlib.sha256(" ".join(command).encode())
+    for file in files:
+        key.update(file.read_bytes())
     library = _cache() / f"core-{key.hexdigest()[:24]}.so"
     with alone():
         if not library.exists():
             made = library.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, str(source), "-o", str(made)], check=True)
+            subprocess.run([*command, "-o", str(made)], check=True)
             made.rename(library)
     return library
 

@@ -189,7 +189,7 @@ class MetalLowering(Lowering):
 
 def packing(spec: MoESpec) -> tuple[dict[str, Packed], dict[str, Kernel]]:
     """Parameters are bound in their canonical form: a row of a weight is what a SIMD group of
-    the mat-vec reads, and what the tiles stage in whole lines."""
+    the mat-vec reads, and the tiles stage runs of it."""
     packed = {
         name: Packed(name, p.shape, STORAGE[p.dtype], None, len(p.shape) == 3)
         for name, p in spec.parameters().items()

@@ -3,7 +3,7 @@
 // A fiber runs until it reaches a barrier or a SIMD-group operation. The order in which fibers
 // run is a parameter (forward, reverse, random by seed), because a kernel that is right gives
 // the same bits in every order. Nothing on a fiber's stack may need a destructor: when a check
-// fails, fibers are abandoned where they stand. What is not a template is in core.cc, which is
+// fails, fibers are abandoned where they stand. What is not a template is in core/, which is
 // compiled once.
 #pragma once
 #include <cstddef>
