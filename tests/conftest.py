@@ -42,15 +42,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep on one worker what shares models, artifacts or kernels that are slow to make."""
+    """The longest files first."""
     places = {path: place for place, path in enumerate(LONG)}
     items.sort(key=lambda i: places.get(i.path.relative_to(TESTS).as_posix(), len(LONG)))
-    for item in items:
-        path = item.path.relative_to(TESTS).as_posix()
-        shared = (group for group, names in SHARED.items() if path in names)
-        item.add_marker(pytest.mark.xdist_group(next(shared, path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep on one worker what shares models, artifacts or kernels that are slow to make.
+
+    By the test's name: marks reach xdist (3.8) through an attribute that pytest 9.2 has no more,
+    so that with marks every worker made everything.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0].partition("tests/")[2]
+            return next((group for group, names in SHARED.items() if path in names), path)
+
+    return ByGroup(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -11,6 +11,7 @@ from .. import __version__, host, target
 from ..errors import TargetError
 from ..quickstart import made, runs
 from ..runtime import load
+from ..runtime.devices import open_device
 from .layers import LAYERS
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def main(name: str, console: Console, *, speed: bool = True, as_json: bool = Fal
     Small layers are checked against float64 at each T of TOKENS; with `speed` the layer of
     the quickstart is checked and timed too. Prints a receipt: versions, machine, one line a
     result. Raises CheckFailed when a result is wrong, TargetError for a target that has no
-    self test, and what compiling and loading raise.
+    self test or that this machine cannot run (before anything is compiled), and what compiling
+    and loading raise.
     """
     resolved = target.resolve(name)
     device = _DEVICES.get(resolved.kind)
@@ -37,6 +39,7 @@ def main(name: str, console: Console, *, speed: bool = True, as_json: bool = Fal
             need="cpu or metal",
             hint="tests/gpu in moec's sources checks an NVIDIA GPU",
         )
+    _demand_machine(resolved, device)
     with tempfile.TemporaryDirectory(prefix="moec-selftest-") as folder:
         results = []
         for layer in LAYERS:
@@ -58,6 +61,22 @@ def main(name: str, console: Console, *, speed: bool = True, as_json: bool = Fal
         console.data(_receipt(facts, results))
     runs.demand_right([(f"{label}, ", row) for label, rows in results for row in rows])
     return 0
+
+
+def _demand_machine(resolved: target.Target, device: str) -> None:
+    from ..schedules import backend
+
+    reason = host.missing(backend(resolved.kind).requires(resolved))
+    if reason is not None:
+        metal = resolved.kind == "metal"
+        raise TargetError(
+            f"the self test of {resolved.name} runs on the machine itself: {reason}",
+            need="a Mac with Apple silicon" if metal else None,
+            hint="run it there; tests/metal in moec's sources runs these kernels on an emulator"
+            if metal
+            else "without -t it tests this machine",
+        )
+    open_device(device)
 
 
 def _measure(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
+import tvm
+from tvm.runtime import _ffi_api
 
 from moec import target
 from moec.compiler.instruments import Observer
@@ -13,13 +18,13 @@ from moec.compiler.lower import Lowered, lower
 from moec.compiler.options import CompileOptions
 from moec.schedules import backend, choose
 from moec.schedules.metal import codegen
-from moec.schedules.metal.kernel import MSL
 from moec.spec import MoESpec
-from tools.metal_emulator import announce
+from tools.metal_emulator import kernels
 
 Array = np.ndarray[Any, Any]
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-SCHEDULES = ("fused", "gather", "loop")
+SCHEDULES = ("tiles32", "tiles64", "gather", "loop")
+HEAD = "#include <metal_stdlib>"
 
 
 def lowered(spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES) -> Lowered:
@@ -30,22 +35,20 @@ def lowered(spec: MoESpec, schedules: tuple[str, ...] = SCHEDULES) -> Lowered:
 
 
 class Block:
-    """Random canonical parameters and the compiled `functions` of a spec."""
+    """Random canonical parameters and the compiled functions `parts` of a spec."""
 
     def __init__(
         self,
         spec: MoESpec,
         schedules: tuple[str, ...] = SCHEDULES,
-        functions: tuple[str, ...] = ("experts",),
+        parts: tuple[str, ...] = ("experts",),
         seed: int = 0,
     ) -> None:
         self.spec, self.lowered = spec, lowered(spec, schedules)
-        entries = [v.entry for f in functions for v in self.lowered.variants[f]]
+        entries = [v.entry for f in parts for v in self.lowered.variants[f]]
         symbols = {s for entry in entries for s in (entry.symbol, *entry.kernels)}
-        self._functions = {n: f for n, f in self.lowered.functions.items() if n in symbols}
-        self._module = codegen.compile_module(self._functions, target.resolve("metal:emulated"))
-        for text in self.texts().values():
-            announce(text)
+        functions = {n: f for n, f in self.lowered.functions.items() if n in symbols}
+        self._module = _built(functions)
         random = np.random.default_rng(seed)
         self.parameters = {
             name: (random.normal(size=p.shape) / p.shape[-1] ** 0.5).astype(NUMPY[p.dtype])
@@ -54,20 +57,12 @@ class Block:
 
     def texts(self) -> dict[str, str]:
         """Kernel name -> the MSL that the device compiles."""
-        out = {}
-        texts = {
-            n: list(f.attrs[MSL]) for n, f in self._functions.items() if f.attrs and MSL in f.attrs
-        }
         code = self._module.imports[0].inspect_source()
-        for piece in code.split("// Function: ")[1:]:
-            name, text = piece.split("\n", 1)
-            out[name] = codegen.with_library(text, texts) if "MOEC_BOUND" not in text else text
-        return out
+        texts = [f"{HEAD}{text}" for text in code.split(HEAD)[1:]]
+        return {kernels(text)[0]: text for text in texts}
 
     def run(self, function: str, schedule: str, **inputs: Array) -> dict[str, Array]:
         """The outputs of "route", "experts" or "moe" by name."""
-        import tvm
-
         variant = next(v for v in self.lowered.variants[function] if v.schedule.name == schedule)
         entry, metal = variant.entry, tvm.metal(0)
         tokens, e = len(inputs["x"]), self.spec.experts
@@ -89,6 +84,32 @@ class Block:
             name: made[i].numpy().view(array.dtype)
             for i, (name, array) in enumerate(outputs.items())
         }
+
+
+def _built(functions: dict[str, Any]) -> Any:
+    """The functions as a loaded library whose host code is not optimised: it runs once, and
+    compiling it as moec does, or by TVM's JIT compiler, takes five times as long."""
+    ours = codegen.metal_target
+
+    def quick(to: target.Target) -> Any:
+        made = ours(to)
+        host = {**made.host.export(), "opt-level": 0}
+        return tvm.target.Target({**made.export(), "host": host})
+
+    def pack(module: Any, system: bool, prefix: str, folder: str) -> str:
+        # TVM takes code whose empty startup function was not optimised away for a system
+        # library, which would register its symbols for the whole process.
+        llvm = json.dumps({"kind": "llvm", "mtriple": to.triple})
+        packed = _ffi_api.ModulePackImportsToLLVM(module, False, llvm, prefix)
+        packed.write_to_file(f"{folder}/packed.o")
+        return f"{folder}/packed.o"
+
+    to = target.resolve("metal:emulated")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(codegen, "metal_target", quick)
+        module, path = codegen.compile_module(functions, to), f"{folder}/block.so"
+        module.export_library(path, cc="cc", fpack_imports=pack)
+        return tvm.runtime.load_module(path)
 
 
 def _raw(array: Array) -> Array:

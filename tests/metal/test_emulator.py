@@ -101,6 +101,42 @@ BUGS = {
         f"{BARRIER} simdgroup_load(m, s + threadIdx, 8, ulong2(0), false);",
         1, 32, "run", "pointer or stride differs",
     ),
+    "a matrix load that not all threads of the SIMD group come to": (
+        "threadgroup float s[64];\n s[threadIdx] = s[threadIdx + 32] = 0.0f; simdgroup_float8x8 m;"
+        f"{BARRIER} if (threadIdx < 16) simdgroup_load(m, s, 8, ulong2(0), false);",
+        1, 32, "run", "divergence: not all threads came to simdgroup_load",
+    ),
+    "a barrier that some threads reach after fewer matrix operations": (
+        "threadgroup float s[64];\n s[threadIdx] = s[threadIdx + 32] = 0.0f; simdgroup_float8x8 m;"
+        f"{BARRIER} if (threadIdx != 5) simdgroup_load(m, s, 8, ulong2(0), false); {BARRIER}",
+        1, 32, "run", "divergence: not all threads came to simdgroup_load",
+    ),
+    "different matrix operations meet": (
+        "threadgroup float s[64];\n s[threadIdx] = s[threadIdx + 32] = 0.0f;"
+        f"simdgroup_float8x8 m = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); {BARRIER}"
+        "if (threadIdx < 16) { simdgroup_load(m, s, 8, ulong2(0), false); }"
+        "else { simdgroup_store(m, s, 8, ulong2(0), false); }",
+        1, 32, "run", "simdgroup_(load|store) meets",
+    ),
+    "a matrix load without a barrier, of what its own first thread wrote": (
+        "threadgroup float s[64];\n if (threadIdx == 0) for (int i = 0; i < 64; ++i) s[i] = 0.0f;"
+        "simdgroup_float8x8 m; simdgroup_load(m, s, 8, ulong2(0), false);",
+        1, 32, "run", "race in threadgroup memory",
+    ),
+    "a result that is read before the matrix store is ordered": (
+        "threadgroup float s[64];\n"
+        "simdgroup_float8x8 m = make_filled_simdgroup_matrix<float, 8, 8>(1.0f);"
+        "simdgroup_store(m, s, 8, ulong2(0), false); B[threadIdx] = s[threadIdx];",
+        1, 32, "run", "race in threadgroup memory",
+    ),
+    "a broadcast from different lanes": (
+        "B[threadIdx] = simd_broadcast(A[threadIdx] + 0.0f, ushort(threadIdx % 2));",
+        1, 32, "run", "source differs",
+    ),
+    "a broadcast in a divergent branch": (
+        "if (threadIdx >= 16) B[threadIdx] = simd_broadcast(A[threadIdx] + 0.0f, ushort(0));",
+        1, 32, "run", "divergence",
+    ),
 }  # fmt: skip
 
 
@@ -156,6 +192,10 @@ GOOD = {
         "simdgroup_load(a, A, 8, ulong2(0), false); simdgroup_load(b, A, 8, ulong2(0), true);"
         "simdgroup_multiply_accumulate(c, a, b, c); simdgroup_store(c, B, 8, ulong2(0), false);",
         lambda a: (a.reshape(8, 8) @ a.reshape(8, 8).T).reshape(-1),
+    ),
+    "broadcast": (
+        "B[threadIdx] = simd_broadcast(A[threadIdx] + 0.0f, ushort(7));",
+        lambda a: np.concatenate([np.full(32, a[7]), np.zeros(32)]),
     ),
     "half": (
         "half h = half(A[threadIdx] + 0.0f); B[threadIdx] = float(h / 3.0h);",

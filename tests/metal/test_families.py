@@ -15,18 +15,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moec.artifact import Artifact
 from tests import models
 from tests.metal.conftest import SCHEDULES, Get
-from tools.metal_emulator import ORDERS, Order, options
+from tests.metal.payload import payload
+from tools.metal_emulator import ORDERS, Order, lint, options
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 TOKENS = (0, 1, 5, 40, 130)
-CASES = [
-    *((family, "a", "bfloat16") for family in models.FAMILIES),
-    *((family, "b", "float32") for family in models.FAMILIES),
-    ("mixtral", "a", "float16"),
-]  # fmt: skip
+# (variant, dtype): every family in each.
+KINDS = (("a", "bfloat16"), ("b", "float32"), ("a", "float16"))
+CASES = [(family, *kind) for family in models.FAMILIES for kind in KINDS]
 
 Array = np.ndarray[Any, Any]
 
@@ -53,9 +53,7 @@ def test_route_and_moe(compiled: Get, family: str, variant: str, dtype: str) -> 
         want_ids, want_weights = by_id(*models.reference_route(made.model, layer, x))
         theirs = models.reference_moe(made.model, layer, x)
         exact = models.reference_moe(made.twin, layer, x)
-        # An emulated loop starts a threadgroup for every expert and pair: once a family is enough.
-        schedules = SCHEDULES if tokens < 130 or dtype == "bfloat16" else ("fused", "gather")
-        for schedule in schedules:
+        for schedule in SCHEDULES:
             ids, weights = by_id(*block.route(x, schedule=schedule))
             same = (ids == want_ids).all(axis=1)
             # Rounded logits may tie, or round differently after another order of the sum.
@@ -92,6 +90,21 @@ def test_experts_with_ids_from_outside(
                 got = made.loaded[layer].experts(x, ids, weights, schedule=schedule)
                 limit = 2e-6 if dtype == "float32" else TOLERANCE[dtype]
                 assert error(got, want) <= limit, (name, tokens, schedule)
+
+
+@pytest.mark.parametrize(("family", "variant", "dtype"), CASES)
+def test_every_kernel_is_linted(compiled: Get, family: str, variant: str, dtype: str) -> None:
+    made = compiled(family, variant, dtype)
+    (library,) = (made.path / "lib").iterdir()
+    texts, manifest = payload(library.read_bytes()), Artifact.open(made.path).manifest
+    kernels = {
+        kernel
+        for function in manifest.targets["metal-emulated"].shapes["b0"].functions.values()
+        for variant_ in function.variants
+        for kernel in variant_.ops["kernels"]
+    }
+    assert kernels and {f"{kernel}_kernel" for kernel in kernels} <= set(texts)
+    lint(*texts.values())
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -6,6 +6,8 @@ products, erf to 2e-7), otherwise one rounding of h and one of the output.
 
 from __future__ import annotations
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from moec.spec import (
 from tests.metal.block import NUMPY, SCHEDULES, Block, error
 from tools.metal_emulator import lint
 
+DENSE = ("tiles32", "gather")  # how the router multiplies: by tiles, as a mat-vec
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 ACTIVATIONS = {
     "silu": (ActivationSpec(), True),
@@ -46,26 +49,48 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
+@cache
+def blocks(dtype: str) -> dict[str, Block]:
+    """A block for every activation; all are made before one runs, so that they compile together."""
+    # 4 does not divide I: the second matmul loads one element at a time, the first one four.
+    return {
+        name: Block(MoESpec(
+            dtype, RouterSpec(5, 2),
+            ExpertsSpec(5, 2, 40, 22, gated, activation, name == "silu", not gated),
+        ))
+        for name, (activation, gated) in ACTIVATIONS.items()
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name: str, dtype: str) -> None:
-    activation, gated = ACTIVATIONS[name]
-    # 4 does not divide I: the second matmul loads one element at a time, the first one four.
-    spec = MoESpec(
-        dtype,
-        RouterSpec(5, 2),
-        ExpertsSpec(5, 2, 40, 22, gated, activation, name == "silu", not gated),
-    )  # fmt: skip
-    block, random = Block(spec), np.random.default_rng(1)
-    for text in block.texts().values():
-        lint(text)
+    block, random = blocks(dtype)[name], np.random.default_rng(1)
+    texts = block.texts()
+    assert len(texts) == 11, sorted(texts)
+    lint(*texts.values())
     x = (2 * random.normal(size=(5, 40))).astype(NUMPY[dtype])
     ids = random.integers(0, 5, (5, 2)).astype(np.int32)
     weights = random.normal(size=(5, 2)).astype(np.float32)
-    want = reference.experts(spec, block.parameters, x, ids, weights)
+    want = reference.experts(block.spec, block.parameters, x, ids, weights)
     for schedule in SCHEDULES:
         y = block.run("experts", schedule, x=x, topk_ids=ids, topk_weights=weights)["y"]
         assert error(y, want) <= TOLERANCE[dtype], schedule
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_all_tiles_give_the_same_bits(dtype: str) -> None:
+    spec = MoESpec(dtype, RouterSpec(3, 2), ExpertsSpec(3, 2, 44, 70))
+    block, random = Block(spec, ("tiles32", "tiles64")), np.random.default_rng(1)
+    x = random.normal(size=(130, 44)).astype(NUMPY[dtype])
+    ids = random.integers(0, 3, (130, 2)).astype(np.int32)  # 87 rows an expert
+    routing = {"topk_ids": ids, "topk_weights": random.normal(size=(130, 2)).astype(np.float32)}
+    small, large = (block.run("experts", n, x=x, **routing)["y"] for n in ("tiles32", "tiles64"))
+    assert small.tobytes() == large.tobytes()
+    assert (
+        error(large, reference.experts(spec, block.parameters, x, *routing.values()))
+        <= (TOLERANCE[dtype])
+    )
 
 
 @pytest.mark.parametrize(("weights", "rows"), [("float32", "bfloat16"), ("float16", "float32")])
@@ -121,13 +146,13 @@ def test_routers(name: str) -> None:
     router = ROUTERS[name]
     experts = ExpertsSpec(router.num_experts, router.top_k, 40, 8)
     spec = MoESpec("bfloat16", router, experts, weight_dtypes=(("router", "float32"),))
-    block = Block(spec, ("fused", "gather"), ("route",))
-    for kernel, text in block.texts().items():
-        if "route" in kernel:
-            lint(text)
+    block = Block(spec, DENSE, ("route",))
+    texts = block.texts()
+    assert any("route" in kernel for kernel in texts)
+    lint(*texts.values())
     x = np.random.default_rng(2).normal(size=(40, 40)).astype(ml_dtypes.bfloat16)
     want_ids, want = reference.route(spec, block.parameters, x)
-    for schedule in ("fused", "gather"):
+    for schedule in DENSE:
         out = block.run("route", schedule, x=x)
         same = (out["topk_ids"] == want_ids).all(axis=1)
         # Logits are rounded to bfloat16 after a sum in another order than float64's: a
@@ -140,7 +165,7 @@ def test_routers(name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_logits_that_are_no_numbers_keep_ids_in_range(tokens: int) -> None:
     spec = MoESpec("float32", RouterSpec(12, 3), ExpertsSpec(12, 3, 40, 8))
-    block = Block(spec, ("fused",), ("route",))
+    block = Block(spec, DENSE[:1], ("route",))
     for value in (np.nan, np.inf, -np.inf):
-        ids = block.run("route", "fused", x=np.full((tokens, 40), value, np.float32))["topk_ids"]
+        ids = block.run("route", DENSE[0], x=np.full((tokens, 40), value, np.float32))["topk_ids"]
         assert ids.min() >= 0 and ids.max() < 12

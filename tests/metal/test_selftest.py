@@ -8,6 +8,7 @@ import pytest
 
 from moec import cli, selftest
 from moec.quickstart import runs
+from moec.schedules.metal import SCHEDULES
 from moec.selftest.layers import LAYERS
 
 
@@ -21,7 +22,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_receipt(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["selftest", "-t", "metal:emulated", "--quick"]) == 0
     out = capsys.readouterr().out
-    count = 2 * 3 * len(LAYERS)
+    count = 2 * len(SCHEDULES) * len(LAYERS)
     assert f"{count} of {count} results right." in out and out.count(" ok\n") == count
     assert "metal:0" in out and max(map(len, out.splitlines())) <= 80
     for layer in LAYERS:
@@ -36,8 +37,8 @@ def test_a_wrong_result_is_said(
     assert cli.main(["selftest", "-t", "metal:emulated", "--quick", "--json"]) == 5
     captured = capsys.readouterr()
     rows = json.loads(captured.out)["layers"][0]["rows"]
-    assert len(rows) == 6 and not any(row["ok"] for row in rows)
-    assert "6 of 6 results differ" in captured.err and "mixtral, float32" in captured.err
+    assert len(rows) == 8 and not any(row["ok"] for row in rows)
+    assert "8 of 8 results differ" in captured.err and "mixtral, float32" in captured.err
 
 
 def test_a_gpu_is_sent_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ Three tools, described in README.md:
 
 from __future__ import annotations
 
-from .device import Counters, announce, install, launches, options
+from .device import Counters, install, launches, options
 from .lint import LintError, lint
-from .msl import ORDERS, MSLError, Order, run
+from .msl import ORDERS, MSLError, Order, kernels, run
 
 __all__ = [
     "ORDERS",
@@ -20,8 +20,8 @@ __all__ = [
     "LintError",
     "MSLError",
     "Order",
-    "announce",
     "install",
+    "kernels",
     "launches",
     "lint",
     "options",

@@ -13,7 +13,6 @@ import importlib.util
 import os
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,20 +53,28 @@ def install() -> None:
     tvm_ffi.register_global_func("metal_emulator.compile", _compile, override=True)
 
 
-# Kernels being compiled, by their text: a module announces all that it holds when it is loaded.
-_compiling: dict[str, Future[Path]] = {}
-_pool = ThreadPoolExecutor(os.cpu_count())
+# Texts that were announced and are not compiled yet, in order; and what was compiled.
+_announced: dict[str, None] = {}
+_compiled: dict[str, msl.Built] = {}
 
 
 def announce(source: str) -> None:
-    """Begin to compile the text of a kernel, beside others, before it is launched."""
-    if str(source) not in _compiling:
-        _compiling[str(source)] = _pool.submit(msl.compile_msl, str(source))
+    """Compile the text of a kernel together with others when one of them is launched."""
+    if str(source) not in _compiled:
+        _announced[str(source)] = None
 
 
 def _compile(source: str) -> str:
     announce(source)
-    return str(_compiling[str(source)].result())
+    if str(source) not in _compiled:
+        together = [*_announced]
+        _announced.clear()
+        try:
+            _compiled.update(zip(together, msl.compile_together(together), strict=True))
+        except msl.MSLError:  # it may be about another kernel
+            _compiled[str(source)] = msl.compile_msl(str(source))
+    built = _compiled[str(source)]
+    return f"{built.library} {built.entry}"
 
 
 @contextlib.contextmanager
@@ -126,12 +133,16 @@ def _built() -> Path:
     for file in [*files, tvm / "_version.py", ffi / "_version.py"]:
         key.update(file.read_bytes())
     library = msl._cache() / f"device-{key.hexdigest()[:24]}.so"
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")
-        result = subprocess.run(
-            [*command, str(source), "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            raise msl.MSLError(f"the emulated device cannot be built:\n{result.stderr[:4000]}")
-        made.rename(library)
+    with msl.alone():
+        if not library.exists():
+            made = library.with_suffix(f".{os.getpid()}")
+            result = subprocess.run(
+                [*command, str(source), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if result.returncode:
+                raise msl.MSLError(f"the emulated device cannot be built:\n{result.stderr[:4000]}")
+            made.rename(library)
     return library

@@ -32,23 +32,33 @@ class LintError(RuntimeError):
     """The text is not MSL 2.3."""
 
 
-@cache
-def lint(source: str) -> None:
-    """Raise LintError with the first errors unless `source` is accepted."""
-    plain = _COMMENT.sub("", source)
-    word = _BANNED.search(plain)
-    if word:
-        raise LintError(f"'{word[1]}' is not in MSL 2.3")
-    text = translate(source)
+_accepted: set[str] = set()
+
+
+def lint(*sources: str) -> None:
+    """Raise LintError with the first errors unless every text is accepted.
+
+    Several texts are read together, each in a namespace of its own: a fifth of the time.
+    """
+    fresh = [source for source in dict.fromkeys(sources) if source not in _accepted]
+    for source in fresh:
+        word = _BANNED.search(_COMMENT.sub("", source))
+        if word:
+            raise LintError(f"'{word[1]}' is not in MSL 2.3")
+    if not fresh:
+        return
+    parts = [f"namespace k{i} {{\n#line 1\n{translate(s)}\n}}\n" for i, s in enumerate(fresh)]
+    text = "".join([f'#include "{HEADER}"\n', *parts])
     result = subprocess.run(_command(), input=text, text=True, capture_output=True, check=False)
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if "error" in line]
         raise LintError("\n".join(errors[:5]) or result.stderr[:2000])
+    _accepted.update(fresh)
 
 
 def translate(source: str) -> str:
-    """MSL as C++ for OpenCL."""
-    text = source.replace("#include <metal_stdlib>", f'#include "{HEADER}"')
+    """MSL as C++ for OpenCL, to which the header belongs."""
+    text = source.replace("#include <metal_stdlib>", "")
     text = re.sub(
         r"constant\s+(\w+)&\s+(\w+)\s*\[\[\s*buffer\(\d+\)\s*\]\]", r"constant \1* \2_", text
     )

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from ...spec import ActivationSpec, NormSpec
 from ..buffers import Buf, Kernel, PerToken
-from .experts import STORAGE, TILE4, VECTOR4, Projection
+from .experts import STORAGE, VECTOR4, Projection
 from .kernel import Stage, build, ceil_div
 from .source import FORMATS, activation, flag, number
+from .tile import Tile
 
 
-def linear(symbol: str, p: Projection, tiled: bool) -> Kernel:
-    """x [T, K] times weight [N, K] (+ bias) -> y [T, N] float32, by tiles or by mat-vecs."""
+def linear(symbol: str, p: Projection, tile: Tile | None) -> Kernel:
+    """x [T, K] times weight [N, K] (+ bias) -> y [T, N] float32, by tiles, or None: by mat-vecs."""
     args = (p.input("x", 1), *p.args(), Buf("y", (PerToken(), p.columns), "float32"))
     options = f"{p.formats}, {p.vector}, {flag(p.bias)}"
     absent = () if p.bias else ("bias",)
-    if tiled:
+    if tile:
         stage = Stage(
             ("tiles",), "",
-            f"moec::dense_linear<{options}>(x, weight, bias, y, columns, width, tokens, scratch, "
-            "bx, by, tid);",
-            lambda t, c: (ceil_div(c.columns, 64), ceil_div(t, 32)), 128, TILE4, absent,
+            f"moec::dense_linear<{tile.type}, {options}>(x, weight, bias, y, columns, width, "
+            "tokens, scratch, bx, by, tid);",
+            lambda t, c: (ceil_div(c.columns, tile.columns), ceil_div(t, tile.rows)),
+            tile.threads, tile.scratch4, absent,
         )  # fmt: skip
     else:
         stage = Stage(
@@ -31,18 +33,21 @@ def linear(symbol: str, p: Projection, tiled: bool) -> Kernel:
     return build(symbol, args, len(args) - 1, {"columns": p.columns, "width": p.width}, [stage])
 
 
-def gate_up(symbol: str, p: Projection, act: ActivationSpec, hidden: str, tiled: bool) -> Kernel:
+def gate_up(
+    symbol: str, p: Projection, act: ActivationSpec, hidden: str, tile: Tile | None
+) -> Kernel:
     """x [T, H] times gate_up [2F, H] -> activated h [T, F]: the shared expert's first half."""
     args = (p.input("x", 1), *p.args(), Buf("h", (PerToken(), p.columns), STORAGE[hidden]))
     kinds = f"{p.formats}, {FORMATS[hidden]}, Act, {p.vector}, true"
-    if tiled:
+    if tile:
         body = (
-            f"moec::dense_gate_up<{kinds}>(x, weight, h, columns, width, tokens, scratch, bx, by, "
-            "tid);"
+            f"moec::dense_gate_up<{tile.type}, {kinds}>(x, weight, h, columns, width, tokens, "
+            "scratch, bx, by, tid);"
         )
         stage = Stage(
             ("tiles",), activation(act, True), body,
-            lambda t, c: (ceil_div(c.columns, 32), ceil_div(t, 32)), 128, TILE4,
+            lambda t, c: (ceil_div(c.columns, tile.outputs(True)), ceil_div(t, tile.rows)),
+            tile.threads, tile.scratch4,
         )  # fmt: skip
     else:
         body = (

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
-
-from tvm import tirx
 
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
 from .kernel import Stage, build, ceil_div
 from .source import FORMATS, activation, flag
+from .tile import Tile
 
 STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-TILE4 = 768 + 32  # float4s of scratch: two tiles of float, and what the tile works on
 VECTOR4 = 512  # float4s of the staged input
 
 
@@ -54,16 +50,6 @@ class Projection:
         return Buf(name, (PerToken(rows), self.width), STORAGE[self.rows], True)
 
 
-def tiles(top_k: str, experts: str) -> Any:
-    """Tiles of 32 rows that S = T K rows in E + 1 buckets may need: known from T alone."""
-
-    def count(tokens: Any, c: SimpleNamespace) -> Any:
-        total = tokens * getattr(c, top_k)
-        return tirx.Min(total, tirx.floordiv(total, 32) + getattr(c, experts) + 1)
-
-    return count
-
-
 def _sorting(experts: int, top_k: int) -> tuple[Buf, Buf]:
     return (
         Buf("row_order", (PerToken(top_k),), "int32"),
@@ -80,7 +66,13 @@ def _absent(**present: bool) -> tuple[str, ...]:
 
 
 def grouped_gate_up(
-    symbol: str, p: Projection, act: ActivationSpec, hidden: str, top_k: int, weighted: bool
+    symbol: str,
+    p: Projection,
+    act: ActivationSpec,
+    hidden: str,
+    top_k: int,
+    weighted: bool,
+    tile: Tile,
 ) -> Kernel:
     """x [T, H], row_order [S], expert_offsets [E+1], (weights), gate_up -> h [S, I] sorted."""
     assert p.experts is not None
@@ -92,21 +84,21 @@ def grouped_gate_up(
         Buf("h", (PerToken(top_k), p.columns), STORAGE[hidden]),
     )
     body = (
-        f"moec::grouped_gate_up<{p.formats}, {FORMATS[hidden]}, Act, {p.vector}, {flag(p.gated)}, "
-        f"{flag(p.bias)}, {flag(weighted)}>(x, row_order, expert_offsets, topk_weights, weight, "
-        "bias, h, experts, top_k, columns, width, tokens * top_k, scratch, bx, by, tid);"
+        f"moec::grouped_gate_up<{tile.type}, {p.formats}, {FORMATS[hidden]}, Act, {p.vector}, "
+        f"{flag(p.gated)}, {flag(p.bias)}, {flag(weighted)}>(x, row_order, expert_offsets, "
+        "topk_weights, weight, bias, h, experts, top_k, columns, width, tokens * top_k, scratch, "
+        "bx, by, tid);"
     )
-    split, count = 32 if p.gated else 64, tiles("top_k", "experts")
     stage = Stage(
         ("tiles",), activation(act, p.gated), body,
-        lambda t, c: (ceil_div(c.columns, split), count(t, c)),
-        128, TILE4, _absent(topk_weights=weighted, bias=p.bias),
+        lambda t, c: (ceil_div(c.columns, tile.outputs(p.gated)), tile.count(t, c)),
+        tile.threads, tile.scratch4, _absent(topk_weights=weighted, bias=p.bias),
     )  # fmt: skip
     constants = {"experts": p.experts, "top_k": top_k, "columns": p.columns, "width": p.width}
     return build(symbol, args, len(args) - 1, constants, [stage])
 
 
-def grouped_down(symbol: str, p: Projection, top_k: int) -> Kernel:
+def grouped_down(symbol: str, p: Projection, top_k: int, tile: Tile) -> Kernel:
     """h [S, I] sorted, row_order, expert_offsets, down -> rows [S, H] in the order of pairs."""
     assert p.experts is not None
     args = (
@@ -116,14 +108,14 @@ def grouped_down(symbol: str, p: Projection, top_k: int) -> Kernel:
         Buf("rows", (PerToken(top_k), p.columns), "float32"),
     )
     body = (
-        f"moec::grouped_down<{p.formats}, {p.vector}, {flag(p.bias)}>(h, row_order, "
+        f"moec::grouped_down<{tile.type}, {p.formats}, {p.vector}, {flag(p.bias)}>(h, row_order, "
         "expert_offsets, weight, bias, rows, experts, columns, width, tokens * top_k, scratch, "
         "bx, by, tid);"
     )
-    count = tiles("top_k", "experts")
     stage = Stage(
-        ("tiles",), "", body, lambda t, c: (ceil_div(c.columns, 64), count(t, c)),
-        128, TILE4, _absent(bias=p.bias),
+        ("tiles",), "", body,
+        lambda t, c: (ceil_div(c.columns, tile.columns), tile.count(t, c)),
+        tile.threads, tile.scratch4, _absent(bias=p.bias),
     )  # fmt: skip
     constants = {"experts": p.experts, "top_k": top_k, "columns": p.columns, "width": p.width}
     return build(symbol, args, len(args) - 1, constants, [stage])

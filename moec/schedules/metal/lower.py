@@ -25,13 +25,14 @@ from ..buffers import Kernel
 from ..program import Legalize, Lowering
 from . import dense, experts, routing
 from .experts import STORAGE, Projection
+from .tile import Tile
 
 
 @dataclass(frozen=True)
 class MetalConfig:
-    """`tiled`: plain matmuls (router, shared expert) by simdgroup matrices, or as mat-vecs."""
+    """`tile`: of all matmuls on simdgroup matrices; None: every matmul is a mat-vec."""
 
-    tiled: bool
+    tile: Tile | None
 
 
 class MetalLowering(Lowering):
@@ -39,7 +40,7 @@ class MetalLowering(Lowering):
 
     def __init__(self, spec: MoESpec, prefix: str) -> None:
         super().__init__(prefix)
-        self.spec, self.config = spec, MetalConfig(True)
+        self.spec, self.config = spec, MetalConfig(None)
 
     def table(self, config: MetalConfig) -> Mapping[str, Legalize]:
         """The legalize map: Relax op name -> function."""
@@ -76,18 +77,20 @@ class MetalLowering(Lowering):
 
     def _linear(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = linear.OP.bind(call), attributes(call)
-        name, rows, tiled = args["weight"].name, dtype_of(args["x"].ty), self.config.tiled
-        role = f"{name}_{'tiles' if tiled else 'vector'}"
+        name, rows, tile = args["weight"].name, dtype_of(args["x"].ty), self.config.tile
+        role = f"{name}_{'tiles' if tile else 'vector'}"
         activated = bool(attrs.get("activation"))
         proj = self._projection(name, rows, "bias" in args, activated)
         if activated:
             act, _ = grouped_matmul.activation_of(attrs)
             hidden = dtype_of(call.ty)
             kernel = self.kernel(
-                role, (proj, act, hidden), lambda s: dense.gate_up(s, proj, act, hidden, tiled)
+                role,
+                (proj, act, hidden, tile),
+                lambda s: dense.gate_up(s, proj, act, hidden, tile),
             )
         else:
-            kernel = self.kernel(role, (proj,), lambda s: dense.linear(s, proj, tiled))
+            kernel = self.kernel(role, (proj, tile), lambda s: dense.linear(s, proj, tile))
         operands = [args["x"], args["weight"], *([args["bias"]] if proj.bias else [])]
         return self.call(bb, kernel, operands, call.ty.shape[0], call.ty)[0]
 
@@ -106,7 +109,8 @@ class MetalLowering(Lowering):
 
     def _grouped(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = grouped_matmul.OP.bind(call), attributes(call)
-        e, weighted = self.spec.experts, "topk_weights" in args
+        e, weighted, tile = self.spec.experts, "topk_weights" in args, self.config.tile
+        assert tile is not None
         bias = [args["bias"]] if "bias" in args else []
         weights = [args["topk_weights"]] if weighted else []
         order = [args["row_order"], args["expert_offsets"]]
@@ -116,15 +120,15 @@ class MetalLowering(Lowering):
             act, _ = grouped_matmul.activation_of(attrs)
             hidden = dtype_of(call.ty)
             kernel = self.kernel(
-                "grouped_gate_up", (proj, act, hidden, weighted),
-                lambda s: experts.grouped_gate_up(s, proj, act, hidden, e.top_k, weighted),
+                "grouped_gate_up", (proj, act, hidden, weighted, tile),
+                lambda s: experts.grouped_gate_up(s, proj, act, hidden, e.top_k, weighted, tile),
             )  # fmt: skip
             operands = [args["x"], *order, *weights, args["weight"], *bias]
             return self.call(bb, kernel, operands, args["x"].ty.shape[0], call.ty)[0]
         proj = self._projection("down", rows, bool(bias), False)
         tokens = call.ty.shape[0]
         down = self.kernel(
-            "grouped_down", (proj,), lambda s: experts.grouped_down(s, proj, e.top_k)
+            "grouped_down", (proj, tile), lambda s: experts.grouped_down(s, proj, e.top_k, tile)
         )
         parts = self.call(bb, down, [args["x"], *order, args["weight"], *bias], tokens)[0]
         total = self.kernel(
@@ -185,7 +189,7 @@ class MetalLowering(Lowering):
 
 def packing(spec: MoESpec) -> tuple[dict[str, Packed], dict[str, Kernel]]:
     """Parameters are bound in their canonical form: a row of a weight is what a SIMD group of
-    the mat-vec reads, and what the tiles stage in whole lines."""
+    the mat-vec reads, and the tiles stage runs of it."""
     packed = {
         name: Packed(name, p.shape, STORAGE[p.dtype], None, len(p.shape) == 3)
         for name, p in spec.parameters().items()

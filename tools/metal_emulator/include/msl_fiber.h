@@ -3,7 +3,7 @@
 // A fiber runs until it reaches a barrier or a SIMD-group operation. The order in which fibers
 // run is a parameter (forward, reverse, random by seed), because a kernel that is right gives
 // the same bits in every order. Nothing on a fiber's stack may need a destructor: when a check
-// fails, fibers are abandoned where they stand. What is not a template is in core.cc, which is
+// fails, fibers are abandoned where they stand. What is not a template is in core/, which is
 // compiled once.
 #pragma once
 #include <cstddef>
@@ -63,17 +63,19 @@ typedef void (*Body)(const Arguments&);
 int launch(Body body, const Request& request);
 
 // ---------------------------------------------------------------- called by a running thread
+enum Space { kDevice, kThreadgroup };
+
 [[noreturn]] void fail(const std::string& message);
+[[noreturn]] void fail(const char* message);
 int lane_id();
-char* arena();
-char* buffer_data(int buffer);
-void count_mma();
 void threadgroup_barrier(int line, bool orders_threadgroup);
 void simdgroup_barrier(bool orders_threadgroup);
-// Storage for one declaration, the same for all threads, poisoned with NaN: its offset.
-size_t threadgroup_array(int line, size_t bytes);
-void touch_threadgroup(size_t offset, size_t bytes, bool writes);
-void touch_device(int buffer, size_t offset, size_t bytes, bool writes);
+// Storage for one declaration, the same for all threads, poisoned with NaN.
+char* threadgroup_array(int line, size_t bytes);
+// The check of every access: bounds, alignment and races. `end - begin` is what the pointer may
+// touch, `buffer` the number of a device buffer.
+void access(Space space, const void* at, size_t bytes, size_t align, bool writes, const char* begin,
+            const char* end, int buffer);
 // Meet all other threads of the SIMD group; the last one runs `f` on everybody's argument.
 typedef void (*Meeting)(void* context, void** all, int n);
 void rendezvous(const char* op, void* arg, Meeting f, void* context);
@@ -81,5 +83,16 @@ void rendezvous(const char* op, void* arg, Meeting f, void* context);
 template <class F> void rendezvous(const char* op, void* arg, F f) {
   rendezvous(op, arg, [](void* context, void** all, int n) { (*(F*)context)(all, n); }, &f);
 }
+
+// An operation on simdgroup matrices, which all threads of a SIMD group must come to with equal
+// arguments. No thread waits: what each one says is compared with what the first one said. True
+// for the one thread that carries it out; what it then touches until matrix_end is touched by
+// the SIMD group as a whole.
+bool matrix_begin(const char* op, const void* at = nullptr, size_t stride = 0);
+void matrix_end();
+// d = a * b + c on 8 x 8 floats; every element is summed in the order of the inner index.
+void matrix_product(float* d, const float* a, const float* b, const float* c);
+// The 8 bytes of thread `source` of the SIMD group; only who comes before it waits.
+uint64_t broadcast(uint64_t value, int source);
 
 }  // namespace msl

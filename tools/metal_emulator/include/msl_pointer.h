@@ -11,8 +11,6 @@
 
 namespace msl {
 
-enum Space { kDevice, kThreadgroup };
-
 template <Space S, class T>
 struct ref;
 
@@ -41,20 +39,7 @@ struct ptr {
   bool operator==(const ptr& o) const { return at == o.at; }
   bool operator!=(const ptr& o) const { return at != o.at; }
 
-  void check(bool writes) const {
-    const char* a = (const char*)at;
-    const char* what = S == kDevice ? "device" : "threadgroup";
-    if (a < begin || a + sizeof(T) > end)
-      fail(std::string(what) + (writes ? " write" : " read") + " out of bounds: byte " +
-           std::to_string(a - begin) + " of " + std::to_string(end - begin) +
-           (S == kDevice ? " of buffer " + std::to_string(buffer) : std::string()));
-    if ((uintptr_t)a % alignof(T))
-      fail(std::string(what) + " access is not aligned to " + std::to_string(alignof(T)) + " bytes");
-    if (S == kThreadgroup)
-      touch_threadgroup(a - arena(), sizeof(T), writes);
-    else
-      touch_device(buffer, a - buffer_data(buffer), sizeof(T), writes);
-  }
+  void check(bool writes) const { access(S, at, sizeof(T), alignof(T), writes, begin, end, buffer); }
   V load() const { check(false); return *at; }
   void store(const V& v) const { check(true); *at = v; }
 };
@@ -78,8 +63,7 @@ template <class T> using device_ptr = ptr<kDevice, T>;
 template <class T> using threadgroup_ptr = ptr<kThreadgroup, T>;
 
 template <class T> threadgroup_ptr<T> threadgroup_array_of(int line, size_t n) {
-  size_t offset = threadgroup_array(line, n * sizeof(T));
-  char* at = arena() + offset;
+  char* at = threadgroup_array(line, n * sizeof(T));
   return {(T*)at, at, at + n * sizeof(T), 0};
 }
 

@@ -34,7 +34,13 @@ template <class T> T pick(const char* name, T value, int lane) {
 }  // namespace detail
 
 template <class T, class L> T simd_shuffle(T v, L lane) { return detail::pick("simd_shuffle", v, (int)lane); }
-template <class T, class L> T simd_broadcast(T v, L lane) { return detail::pick("simd_broadcast", v, (int)lane); }
+template <class T, class L> T simd_broadcast(T v, L lane) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, (const void*)&v, sizeof v);
+  bits = msl::broadcast(bits, (int)lane);
+  std::memcpy((void*)&v, &bits, sizeof v);
+  return v;
+}
 template <class T, class L> T simd_shuffle_xor(T v, L mask) {
   return detail::pick("simd_shuffle_xor", v, msl::lane_id() ^ (int)mask);
 }
@@ -83,83 +89,50 @@ template <class T> T simd_prefix_exclusive_sum(T v) {
 }
 
 // ---------------------------------------------------------------- simdgroup_matrix
-// Which lane holds which element is not part of the language: kernels must not look. The map
-// here is one that public kernels rely on, two neighbouring columns a lane.
-namespace detail {
-inline int matrix_row(int lane) { return ((lane / 4) & 4) + ((lane / 2) % 4); }
-inline int matrix_column(int lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
-inline void uniform(const char* op, const void* p, size_t stride) {
-  std::pair<const void*, size_t> mine{p, stride};
-  msl::rendezvous(op, &mine, [op](void** all, int n) {
-    auto** a = (std::pair<const void*, size_t>**)all;
-    if (n != msl::kSimd) msl::fail(std::string(op) + " in a partial SIMD group");
-    for (int i = 1; i < n; ++i)
-      if (*a[i] != *a[0]) msl::fail(std::string(op) + ": pointer or stride differs between lanes");
-  });
-}
-}  // namespace detail
-
+// Which lane holds which element is not part of the language: kernels must not look. Here the
+// first lane holds all of them, and the others only say that they take part.
 template <class T, int C, int R> struct simdgroup_matrix {
   static_assert(R == 8 && C == 8, "only 8x8 exists");
-  T e[2];
+  float e[64];  // every T is one
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 
 template <class T, int C, int R, class V> simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(V v) {
-  msl::rendezvous("make_filled_simdgroup_matrix", nullptr, [](void**, int) {});
   simdgroup_matrix<T, C, R> m;
-  m.e[0] = m.e[1] = T((float)v);
+  if (!msl::matrix_begin("make_filled_simdgroup_matrix")) return m;
+  for (int i = 0; i < 64; ++i) m.e[i] = (float)T((float)v);
+  msl::matrix_end();
   return m;
 }
 template <class T, msl::Space S, class P>
 void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, msl::ptr<S, P> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transpose = false) {
   static_assert(std::is_same<T, std::remove_const_t<P>>::value, "simdgroup_load: element types differ");
-  detail::uniform("simdgroup_load", p.at, stride);
-  int lane = msl::lane_id();
-  for (int k = 0; k < 2; ++k) {
-    int r = detail::matrix_row(lane), c = detail::matrix_column(lane) + k;
-    if (transpose) std::swap(r, c);
-    m.e[k] = p[(origin.y + r) * stride + origin.x + c];
+  if (!msl::matrix_begin("simdgroup_load", p.at, stride)) return;
+  for (int r = 0; r < 8; ++r) {
+    const T* row = p.at + (origin.y + r) * stride + origin.x;
+    msl::access(S, row, 8 * sizeof(T), sizeof(T), false, p.begin, p.end, p.buffer);
+    for (int c = 0; c < 8; ++c) m.e[transpose ? c * 8 + r : r * 8 + c] = (float)row[c];
   }
+  msl::matrix_end();
 }
 template <class T, msl::Space S>
 void simdgroup_store(const simdgroup_matrix<T, 8, 8>& m, msl::ptr<S, T> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transpose = false) {
-  detail::uniform("simdgroup_store", p.at, stride);
-  int lane = msl::lane_id();
-  for (int k = 0; k < 2; ++k) {
-    int r = detail::matrix_row(lane), c = detail::matrix_column(lane) + k;
-    if (transpose) std::swap(r, c);
-    p[(origin.y + r) * stride + origin.x + c] = m.e[k];
+  if (!msl::matrix_begin("simdgroup_store", p.at, stride)) return;
+  for (int r = 0; r < 8; ++r) {
+    T* row = p.at + (origin.y + r) * stride + origin.x;
+    msl::access(S, row, 8 * sizeof(T), sizeof(T), true, p.begin, p.end, p.buffer);
+    for (int c = 0; c < 8; ++c) row[c] = T(m.e[transpose ? c * 8 + r : r * 8 + c]);
   }
+  msl::matrix_end();
 }
 template <class D, class A, class B, class C>
 void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a, const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c) {
-  struct Op {
-    simdgroup_matrix<D, 8, 8>* d;
-    const simdgroup_matrix<A, 8, 8>* a;
-    const simdgroup_matrix<B, 8, 8>* b;
-    const simdgroup_matrix<C, 8, 8>* c;
-  } mine{&d, &a, &b, &c};
-  msl::rendezvous("simdgroup_multiply_accumulate", &mine, [](void** all, int n) {
-    if (n != msl::kSimd) msl::fail("simdgroup_multiply_accumulate in a partial SIMD group");
-    float fa[8][8], fb[8][8], fc[8][8];
-    for (int l = 0; l < 32; ++l)
-      for (int k = 0; k < 2; ++k) {
-        int r = detail::matrix_row(l), q = detail::matrix_column(l) + k;
-        Op* o = (Op*)all[l];
-        fa[r][q] = (float)o->a->e[k];
-        fb[r][q] = (float)o->b->e[k];
-        fc[r][q] = (float)o->c->e[k];
-      }
-    for (int t = 0; t < 8; ++t)
-      for (int r = 0; r < 8; ++r)
-        for (int q = 0; q < 8; ++q) fc[r][q] += fa[r][t] * fb[t][q];
-    for (int l = 0; l < 32; ++l)
-      for (int k = 0; k < 2; ++k)
-        ((Op*)all[l])->d->e[k] = D(fc[detail::matrix_row(l)][detail::matrix_column(l) + k]);
-    msl::count_mma();
-  });
+  if (!msl::matrix_begin("simdgroup_multiply_accumulate")) return;
+  msl::matrix_product(d.e, a.e, b.e, c.e);
+  if (!std::is_same<D, float>::value)
+    for (float& v : d.e) v = (float)D(v);
+  msl::matrix_end();
 }
 
 }  // namespace metal

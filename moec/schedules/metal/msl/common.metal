@@ -49,13 +49,15 @@ struct bf16 {
 
 // Products of halves are exact in float, so half tiles lose nothing when both sides are f16.
 // bfloat16 does not fit into half (its range is that of float), so it is staged as float.
-template <typename W, typename X> struct tile {
+template <typename W, typename X> struct staged {
   typedef float type;
   typedef float4 type4;
+  static float4 pack(float4 v) { return v; }
 };
-template <> struct tile<f16, f16> {
+template <> struct staged<f16, f16> {
   typedef half type;
   typedef half4 type4;
+  static half4 pack(float4 v) { return half4(v); }
 };
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + exp(clamp(-v, -87.0f, 87.0f))); }

@@ -134,8 +134,8 @@ inline void vector_pair(const device typename X::store* x, const device int* ids
     if (WEIGHTED) weight = weights[by];
   }
   e = simd_broadcast(e, ushort(0));
-  weight = simd_broadcast(weight, ushort(0));
   if (e < 0 || e >= experts || (only >= 0 && e != only)) return;
+  if (WEIGHTED) weight = simd_broadcast(weight, ushort(0));
   long rows = GATED ? 2 * columns : columns;
   const device float* own_bias = bias;
   if (BIAS) own_bias = bias + e * rows;
@@ -164,8 +164,8 @@ inline void vector_down(const device typename X::store* h, const device int* ids
       if (WEIGHTED) weight = weights[pair];
     }
     e = simd_broadcast(e, ushort(0));
-    weight = simd_broadcast(weight, ushort(0));
     if (e < 0 || e >= experts || (only >= 0 && e != only)) continue;
+    if (WEIGHTED) weight = simd_broadcast(weight, ushort(0));
     float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     dot_rows<W, X, VEC, false>(acc, w + long(e) * columns * width, at, h + long(pair) * width, 1.0f, width,
                                staged, tid);
