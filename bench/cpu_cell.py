@@ -31,7 +31,6 @@ from moec.quickstart.machine import Loops
 # moec's for 0.1 ms; after 50 ms no candidate uses any core.
 REST = 0.06
 FLUSHED = 4  # the largest T before whose calls the caches are flushed: they would hold weights
-_PEAKS = 10  # a single run of that loop takes 0.1 ms, which an interrupt falsifies
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 READ, PEAK = "read", "peak"
 
@@ -66,7 +65,7 @@ def machine(times: Times, loops: Loops, flush_only: bool = False) -> None:
     for number, read in enumerate(loops.reads):
         times.take(f"{READ} {number}", read)
     if not flush_only:
-        times.take(PEAK, lambda: [loops.peak() for _ in range(_PEAKS)])
+        times.take(PEAK, loops.peak)
 
 
 def run(
@@ -131,7 +130,7 @@ def cell(args: SimpleNamespace, block: Any, peers: list[Any], loops: Loops, toke
     size = 3 * hidden * inner
     width = 4 if args.dtype == "float32" else 2
     read = loops.bytes / times.best(READ)
-    peak = loops.flops * _PEAKS / times.best(PEAK)
+    peak = loops.flops / times.best(PEAK)
     for name in table:
         spent = times.median(name)
         row = {

@@ -31,7 +31,7 @@ from ..target import resolve
 _READ_BYTES = 256 << 20  # several times the largest cache
 _VECTORS = 8  # loaded and summed side by side, so that no addition waits for another
 _STREAMS = (1, 4)  # places a thread reads at once: which is faster depends on the prefetcher
-_ROUNDS = 1 << 16
+_ROUNDS = 1 << 21  # some milliseconds: waking the workers costs up to 0.2
 _REPEATS = 5
 _MOST_THREADS = 1024
 
