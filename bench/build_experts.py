@@ -119,7 +119,7 @@ def shipped(s: Shape) -> list[Variant]:
             one, two = decode.fitting(s.H, rings[0]), decode.fitting(s.I, rings[1])
             out.append(replace(decode_variant(s, schedule.name, one, two), low=low, high=high))
         else:
-            variant = grouped_variant(s, schedule.name, low, high, c.first, c.sorted_by, c.grain)
+            variant = grouped_variant(s, schedule.name, low, high, c.tiles, c.sorted_by, c.grain)
             out.append(variant)
     return out
 

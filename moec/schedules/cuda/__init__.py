@@ -98,7 +98,7 @@ def _stream(config: StreamConfig, rows: float, grid: Grid = Grid.BLOCK) -> Sched
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
-        _FOLDED, CudaConfig("stream", config, config, config.rows, grain, grid),
+        _FOLDED, CudaConfig("stream", config, config.rows, grain, grid),
         TokenRange(_DECODE), True, _tensor_cores, _from(rows),
     )  # fmt: skip
 
@@ -113,7 +113,7 @@ def _portable(
     grid = Grid.COUNTED if tiles.rows > 32 else Grid.BLOCK
     return Schedule(
         name, "cuda", f"mma.sync and cp.async, tiles of {tiles.rows} tokens: before Hopper",
-        _FOLDED, CudaConfig("mma", tiles, tiles, tiles.rows, sorted_by=grid),
+        _FOLDED, CudaConfig("mma", tiles, tiles.rows, sorted_by=grid),
         tokens, True, _any_tensor_cores, span, frozenset({_HOPPER}),
     )  # fmt: skip
 

@@ -42,15 +42,14 @@ _DECODE_RINGS = 176, 192  # KiB of shared memory for weights in flight, by kerne
 
 @dataclass(frozen=True)
 class CudaConfig:
-    """Which family of kernels multiplies, and its tiles for the first and second matmul.
+    """Which family of kernels multiplies, and its tiles, where it has a choice of them.
 
     `sorted_by`: which blocks sort. `few`: the dense matmuls of the block are those of at most
     8 tokens.
     """
 
     family: str
-    first: Any = None
-    second: Any = None
+    tiles: Any = None
     tile_rows: int = 64
     grain: int = 0
     sorted_by: sort_kernel.Grid = sort_kernel.Grid.BLOCK
@@ -295,18 +294,18 @@ class _Table:
             tensor = mma.Mma(e.num_experts, e.top_k, *widths, dtype, dtype, biased, gated, act,
                              not reduce, reduce)  # fmt: skip
             return self.own.kernel(
-                role, (tensor, config.first),
-                lambda s: mma.matmul(s, tensor, config.first, 2 * SMS),
+                role, (tensor, config.tiles),
+                lambda s: mma.matmul(s, tensor, config.tiles, 2 * SMS),
             )  # fmt: skip
         shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype)
         if reduce:
             return self.own.kernel(
-                role, (shape, config.second), lambda s: stream.down(s, shape, config.second, SMS)
+                role, (shape, config.tiles), lambda s: stream.down(s, shape, config.tiles, SMS)
             )
         own_act = act or ActivationSpec()  # the first matmul always has one
         return self.own.kernel(
-            role, (shape, own_act, config.first),
-            lambda s: stream.gate_up(s, shape, own_act, config.first, SMS),
+            role, (shape, own_act, config.tiles),
+            lambda s: stream.gate_up(s, shape, own_act, config.tiles, SMS),
         )  # fmt: skip
 
     def _indexed(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
@@ -317,7 +316,7 @@ class _Table:
             out, scale = dtype_of(call.ty), float(attrs.get("out_scale", 1.0))
             shape = Matmul(e.num_experts, e.top_k, e.intermediate_size, e.width, False,
                            biased, dtype)  # fmt: skip
-            config = self.config.second or decode.fitting(e.intermediate_size, _DECODE_RINGS[1])
+            config = decode.fitting(e.intermediate_size, _DECODE_RINGS[1])
             kernel = self.own.kernel(
                 "down", (shape, config, out, scale),
                 lambda s: decode.down(s, shape, config, SMS, out, scale),
@@ -328,7 +327,7 @@ class _Table:
         assert act is not None
         shape = Matmul(e.num_experts, e.top_k, e.width, e.intermediate_size, gated, biased,
                        dtype)  # fmt: skip
-        first = self.config.first or decode.fitting(e.width, _DECODE_RINGS[0])
+        first = decode.fitting(e.width, _DECODE_RINGS[0])
         kernel = self.own.kernel(
             "gate_up", (shape, act, first),
             lambda s: decode.gate_up(s, shape, act, first, SMS),

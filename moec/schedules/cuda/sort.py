@@ -82,7 +82,7 @@ def sort(
         T.device_entry()
         bx = T.cta_id([NB if COUNTED else CLUSTER if CLUSTERED else 1])
         if CLUSTERED:
-            rank_ = T.cta_id_in_cluster([CLUSTER])
+            rank_ = T.cta_id_in_cluster([CLUSTER])   # equal to bx: the grid is one cluster
         tid = T.thread_id([THREADS])
         wid: T.int32 = tid // 32
         lane = T.meta_var(tid % 32)
