@@ -94,7 +94,7 @@ def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
 
 
 def _stream(config: StreamConfig, rows: float, grid: Grid = Grid.BLOCK) -> Schedule:
-    grain = 16 if config.widths else 0
+    grain = 8 if config.widths else 0
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
@@ -132,7 +132,7 @@ SCHEDULES = {
         _stream(StreamConfig(16, stages=8, once=True), 0.0),
         _stream(StreamConfig(32, stages=8, once=True), 6.25),
         _stream(StreamConfig(64, (16, 32, 48, 64), once=True), 12.5, Grid.CLUSTER),
-        _stream(StreamConfig(160, (32, 64, 80, 96, 112, 128, 144, 160), 2), 28.0, Grid.CLUSTER),
+        _stream(StreamConfig(160, (48, 72, 96, 112, 128, 136, 152, 160), 2), 28.0, Grid.CLUSTER),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(

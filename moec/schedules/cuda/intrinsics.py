@@ -33,6 +33,24 @@ __forceinline__ __device__ void moec_cluster_sync() {
 }
 """
 
+# 16 bytes from an address in global memory to shared memory; of the second, `bytes`, then zeros.
+COPY16 = r"""
+#ifndef MOEC_COPY16
+#define MOEC_COPY16
+__forceinline__ __device__ unsigned long long moec_address(const void* place) {
+  return (unsigned long long)__cvta_generic_to_global(place);
+}
+__forceinline__ __device__ void moec_copy16(void* to, unsigned long long from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__forceinline__ __device__ void moec_copy_part(void* to, unsigned long long from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
+}
+#endif
+"""
+
 # The next number of a counter in global memory.
 CLAIM = r"""
 __forceinline__ __device__ int moec_claim(int* counter) { return atomicAdd(counter, 1); }

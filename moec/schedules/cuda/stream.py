@@ -20,7 +20,7 @@ from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
-from .intrinsics import BARRIER_WAIT, CLAIM, fresh, opaque
+from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
 
@@ -198,17 +198,21 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         def wait(bar, parity):
             T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
-        # What the thread that loads weights claimed: its tile, or no rows at the end.
+        # What the thread that loads weights claimed: its tile, or no rows at the end. One lane
+        # reads and says that it did, so that the place is not written before.
         @T.inline
         def hear():
             wait(told.ptr_to([slot]), turn)
-            e = claims[slot, 0]
-            row0 = claims[slot, 1]
-            rows = claims[slot, 2]
-            n = claims[slot, 3]
-            T.cuda.warp_sync()
             if lane == 0:
+                e = claims[slot, 0]
+                row0 = claims[slot, 1]
+                rows = claims[slot, 2]
+                n = claims[slot, 3]
                 T.ptx.mbarrier.arrive.shared.b64(heard.ptr_to([slot]), T.uint32(1))
+            e = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), e, 0, 32)
+            row0 = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), row0, 0, 32)
+            rows = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), rows, 0, 32)
+            n = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), n, 0, 32)
             next_slot()
 
         @T.inline
@@ -331,18 +335,23 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         elif wid >= 8:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
             if FIRST:
-                # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight
-                src = T.alloc_local((TURNS * 2,), "int32")
+                # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight.
+                # Addresses are kept, a K block behind: worked out for every copy, they keep
+                # these warps so busy that the tensor cores wait (a seventh of the time).
+                place = T.alloc_local((TURNS * 2,), "uint64")
                 first: T.int32 = (wid - 8) * 8
                 hear()
                 while rows > 0:
                     for p in T.unroll(TURNS):
                         for h in T.unroll(2):
                             r8: T.int32 = T.min(p * 24 + first + h * 4 + lane // 8, rows - 1)
-                            src[p * 2 + h] = fresh(ORDER, row0 + r8) // TOPK
+                            token: T.int64 = T.Cast("int64", fresh(ORDER, row0 + r8) // TOPK)
+                            place[p * 2 + h] = T.cuda.func_call("moec_address", X.ptr_to([token, lane % 8 * 8]), source_code=COPY16, return_type="uint64") - T.uint64(BK * 2)
                     for k in T.serial(KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         for d in T.unroll(D):
+                            for i in T.unroll(TURNS * 2):
+                                place[i] = place[i] + T.uint64(BK * 2)
                             for p in T.unroll(TURNS):
                                 # tokens past the tile's are not loaded: what is there reaches no valid result
                                 if p * 24 + first < T.min(rows, N):
@@ -350,10 +359,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                                         row = T.meta_var(p * 24 + first + h * 4 + lane // 8)
                                         swizzled = T.meta_var((lane % 8 ^ (h * 4 + lane // 8)) * 8)
                                         if K % (BK * D) == 0:
-                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), (k * D + d) * BK + lane % 8 * 8]), 16)
+                                            T.cuda.func_call("moec_copy16", Bs.ptr_to([stage, d, row, swizzled]), place[p * 2 + h], source_code=COPY16)
                                         else:
-                                            inside: T.int32 = T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0)
-                                            T.ptx["cp.async.cg.shared.global.L2::128B"](Bs.ptr_to([stage, d, row, swizzled]), X.ptr_to([T.Cast("int64", src[p * 2 + h]), T.if_then_else(inside == 16, (k * D + d) * BK + lane % 8 * 8, 0)]), 16, T.Cast("uint32", inside))
+                                            T.cuda.func_call("moec_copy_part", Bs.ptr_to([stage, d, row, swizzled]), place[p * 2 + h], T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0), source_code=COPY16)
                         # arrives when this thread's copies have: nothing waits for them here
                         T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](full.ptr_to([stage]))
                         advance()
