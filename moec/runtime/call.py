@@ -17,7 +17,7 @@ from ..spec import ExpertsSpec
 from . import abi
 from .libraries import Library, runtime
 from .pool import use_workers, workspace
-from .tensors import Kind, View, address, view
+from .tensors import Form, Kind, View, address, view
 
 _INT32 = (1 << 31) - 1
 _SIZES = {name: bits // 8 for name, (_, bits) in abi.TYPES.items()}
@@ -71,6 +71,50 @@ class _Prepared:
         self.room, self.lengths = lengths[-1], lengths[:-1]
         self.fixed, self.per_token = variant.workspace
         self.tokens = self.size = 0  # what the lengths hold, and the size of the workspace
+
+    def fill(self, tokens: int, places: list[int]) -> None:
+        """Set T, and where inputs and outputs lie; `size` is then that of the workspace."""
+        number = 0
+        for tensor in self.moving:
+            tensor.data = places[number]
+            number += 1
+        if tokens != self.tokens:
+            for length in self.lengths:
+                length[0] = tokens
+            self.room[0] = self.size = self.fixed + self.per_token * tokens
+            self.tokens = tokens
+
+
+Fit = tuple[int, tuple[Form, ...], tuple[Form, ...]]  # a variant's index, inputs, outputs
+
+
+class Forms:
+    """The forms of the tensors of one library in a call of T tokens, and who takes them."""
+
+    __slots__ = ("_choose", "_forms", "_last")
+
+    def __init__(
+        self,
+        choose: Callable[[int, str | None], int],
+        ports: tuple[list[Port], list[Port]],
+        dtypes: Mapping[str, Any],
+    ) -> None:
+        self._choose = choose
+        self._forms = [[(dtypes[p.dtype], p.tail, p.size) for p in own] for own in ports]
+        self._last: tuple[int, str | None, Fit] = (0, None, (0, (), ()))  # with which T, and name
+
+    def at(self, tokens: int, schedule: str | None) -> Fit:
+        """The fit for T > 0 tokens and a named schedule; raises what choosing a variant raises."""
+        known, name, fit = self._last  # most calls repeat the one before
+        if known == tokens and name == schedule:
+            return fit
+        inputs, outputs = (
+            tuple([(dtype, (tokens, *tail), size) for dtype, tail, size in own])
+            for own in self._forms
+        )
+        fit = self._choose(tokens, schedule), inputs, outputs
+        self._last = tokens, schedule, fit
+        return fit
 
 
 class _Frames(threading.local):
@@ -155,15 +199,7 @@ class Call:
         ready = self._frames.table.get(index)
         if ready is None:
             ready = self._prepare(index)
-        number = 0
-        for tensor in ready.moving:
-            tensor.data = places[number]
-            number += 1
-        if tokens != ready.tokens:
-            for length in ready.lengths:
-                length[0] = tokens
-            ready.room[0] = ready.size = ready.fixed + ready.per_token * tokens
-            ready.tokens = tokens
+        ready.fill(tokens, places)
         ready.space.data = workspace(ready.size)
         use_workers(self._workers)
         ready.call()

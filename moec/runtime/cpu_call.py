@@ -16,9 +16,9 @@ import numpy as np
 
 from ..artifact import Function
 from ..spec import ExpertsSpec
-from .call import Call
+from .call import Call, Forms
 from .libraries import Library
-from .tensors import NUMPY_DTYPES, address, torch_kind
+from .tensors import NUMPY_DTYPES, address, torch_kind, torch_places, torch_results
 
 
 class CpuCall(Call):
@@ -34,11 +34,8 @@ class CpuCall(Call):
         threads: tuple[int, int],
     ) -> None:
         super().__init__(name, function, library, parameters, spec, threads)
-        ports = self._inputs, self._outputs
-        # (dtype, further dimensions, bytes of an element) of the inputs and of the outputs.
-        self._numpy = tuple([(NUMPY_DTYPES[p.dtype], p.tail, p.size) for p in own] for own in ports)
-        self._names = tuple([(p.dtype, p.tail, p.size) for p in own] for own in ports)
-        self._torch: tuple[Any, Any, Any] | None = None  # the module, its kind, forms as above
+        self._numpy = Forms(self._choose, (self._inputs, self._outputs), NUMPY_DTYPES)
+        self._torch: tuple[Any, Forms] | None = None  # the module, its forms
 
     def __call__(
         self, args: Sequence[Any], out: Any = None, schedule: str | None = None
@@ -57,7 +54,7 @@ class CpuCall(Call):
         tokens = shape[0] if shape else 0
         if not tokens:
             return None
-        forms, results = self._numpy
+        index, forms, results = self._numpy.at(tokens, schedule)
         places: list[int] = []
         tensors = args
         if out is not None:
@@ -65,12 +62,12 @@ class CpuCall(Call):
                 return None
             tensors, forms = (*args, out), forms + results
         number = 0
-        for dtype, tail, size in forms:
+        for dtype, wanted, size in forms:
             array = tensors[number]
             if (
                 type(array) is not np.ndarray
                 or array.dtype is not dtype
-                or array.shape != (tokens, *tail)
+                or array.shape != wanted
                 or not array.flags.c_contiguous
             ):
                 return None
@@ -80,13 +77,13 @@ class CpuCall(Call):
             places.append(place)
             number += 1
         if out is not None:
-            return self._into(out, tokens, places, schedule)
+            return self._into(out, tokens, places, index)
         made = []
-        for dtype, tail, _ in results:
-            array = np.empty((tokens, *tail), dtype)
+        for dtype, wanted, _ in results:
+            array = np.empty(wanted, dtype)
             made.append(array)
             places.append(address(array))
-        self._start(self._choose(tokens, schedule), tokens, places)
+        self._start(index, tokens, places)
         return made
 
     def _tensors(
@@ -94,57 +91,29 @@ class CpuCall(Call):
     ) -> list[Any] | None:
         """The whole call on torch tensors, or None when it is for the long way."""
         if self._torch is None or self._torch[0] is not torch:
-            kind = torch_kind(torch)
-            named = [[(kind.dtypes[n], tail, size) for n, tail, size in f] for f in self._names]
-            self._torch = torch, kind, named
-        _, kind, (forms, results) = self._torch
-        first = args[0]
+            ports = self._inputs, self._outputs
+            self._torch = torch, Forms(self._choose, ports, torch_kind(torch).dtypes)
+        first, known = args[0], self._torch[1]
         tokens = first.shape[0] if first.dim() else 0
         if not tokens:
             return None
-        places: list[int] = []
+        index, forms, results = known.at(tokens, schedule)
         tensors = args
         if out is not None:
             tensors, forms = (*args, out), forms + results
-        number = 0
-        try:
-            for dtype, tail, size in forms:
-                tensor = tensors[number]
-                if (
-                    type(tensor) is not torch.Tensor
-                    or tensor.dtype is not dtype
-                    or tensor.shape != (tokens, *tail)
-                    or not tensor.is_cpu
-                    or tensor.layout is not kind.strided
-                    or tensor.requires_grad
-                    or not tensor.is_contiguous()
-                    or tensor.is_neg()
-                ):
-                    return None
-                place = tensor.data_ptr()
-                if place % size:
-                    return None
-                places.append(place)
-                number += 1
-        except RuntimeError:  # nested tensors do not even say whether they fit
+        places = torch_places(torch, tensors, forms)
+        if places is None:
             return None
         if out is not None:
-            return self._into(out, tokens, places, schedule)
-        made = []
-        for dtype, tail, _ in results:
-            # Takes half the time of torch.empty, where the dtype need not be named.
-            same = dtype is first.dtype
-            tensor = first.new_empty(tokens, *tail, **({} if same else {"dtype": dtype}))
-            made.append(tensor)
-            places.append(tensor.data_ptr())
-        self._start(self._choose(tokens, schedule), tokens, places)
+            return self._into(out, tokens, places, index)
+        made, addresses = torch_results(torch, first, results)
+        places += addresses
+        self._start(index, tokens, places)
         return made
 
-    def _into(
-        self, out: Any, tokens: int, places: list[int], schedule: str | None
-    ) -> list[Any] | None:
+    def _into(self, out: Any, tokens: int, places: list[int], index: int) -> list[Any] | None:
         """Run into the caller's output, the last of the places, if it overlaps no input."""
         if not self._apart(places[:-1], places[-1], tokens):
             return None
-        self._start(self._choose(tokens, schedule), tokens, places)
+        self._start(index, tokens, places)
         return [out]

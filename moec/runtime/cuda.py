@@ -81,6 +81,22 @@ class Memory:
             _cudart().cudaFree(ctypes.c_void_p(self.address))
 
 
+def take(size: int, stream: int) -> int:
+    """Address of memory of the current device for work on a stream; ResourceError if it is full."""
+    place = ctypes.c_void_p()
+    if _cudart().cudaMallocAsync(
+        ctypes.byref(place), ctypes.c_size_t(size), ctypes.c_void_p(stream)
+    ):
+        _cudart().cudaGetLastError()
+        raise ResourceError(f"{size / 1e9:.2f} GB of GPU memory cannot be allocated")
+    return place.value or 0
+
+
+def give(place: int, stream: int) -> None:
+    """Free memory that `take` gave, once the work before on that stream is done."""
+    _cudart().cudaFreeAsync(ctypes.c_void_p(place), ctypes.c_void_p(stream))
+
+
 @contextmanager
 def current(device: int) -> Iterator[None]:
     """`device` is the calling thread's current one inside, and the former one afterwards."""

@@ -17,11 +17,11 @@ from typing import Any
 from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
-from .call import Call, Port
+from .call import Call, Forms
 from .gpu_tensors import ALIGNMENT, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
-from .tensors import View
+from .tensors import View, torch_places, torch_results
 
 _ALIGN = _SLACK = 256  # of the workspace, as its intermediates are aligned within it
 
@@ -40,9 +40,9 @@ class GpuCall(Call):
     ) -> None:
         super().__init__(name, function, library, parameters, spec, (1, 1))
         self._device = device
-        self._torch: Any = None  # torch as it was when `_dtypes` and `_kind` were made
-        self._dtypes: dict[str, Any] = {}
+        self._torch: Any = None  # torch as it was when what follows was made of it
         self._kind: Any = None
+        self._forms: Any = None
         self._current: Any = None  # asks for the current device
 
     def __call__(
@@ -58,74 +58,55 @@ class GpuCall(Call):
     ) -> list[Any] | None:
         """The whole call, or None when it is for the long way."""
         if self._torch is not torch:
-            ports = (*self._inputs, *self._outputs)
-            self._dtypes = {p.dtype: getattr(torch, p.dtype) for p in ports}
-            self._kind, self._torch = torch_kind(torch, self._device), torch
-            self._current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+            self._meet(torch)
         first = args[0]
         tokens = first.shape[0] if type(first) is torch.Tensor and first.dim() else 0
         if not tokens or self._current() != self._device:
             return None
-        try:
-            inputs = [self._place(p, a, tokens) for p, a in zip(self._inputs, args, strict=True)]
-            place = 0 if out is None else self._place(self._outputs[0], out, tokens)
-        except RuntimeError:  # sparse and nested tensors do not even say whether they fit
+        index, forms, results = self._forms.at(tokens, schedule)
+        tensors = args
+        if out is not None:
+            tensors, forms = (*args, out), forms + results
+        places = torch_places(torch, tensors, forms, self._device, ALIGNMENT)
+        if places is None:
             return None
-        if 0 in inputs:
-            return None
+        made = [out]
         if out is None:
-            results, outputs = self._make(self._kind, tokens)
-        elif place and self._apart(inputs, place, tokens):
-            results, outputs = [out], [place]
-        else:
+            made, addresses = torch_results(torch, first, results)
+            places += addresses
+        elif not self._apart(places[:-1], places[-1], tokens):
             return None
-        self._launch(self._choose(tokens, schedule), tokens, inputs, outputs, self._kind)
-        return results
+        self._launch(index, tokens, places, self._kind)
+        return made
 
-    def _place(self, port: Port, tensor: Any, tokens: int) -> int:
-        """The address of a tensor that is just as `port` wants it; 0 for any other."""
-        torch = self._torch
-        if (
-            type(tensor) is not torch.Tensor
-            or tensor.dtype is not self._dtypes[port.dtype]
-            or tensor.get_device() != self._device
-            or tensor.shape != (tokens, *port.tail)
-            or tensor.requires_grad
-            or not tensor.is_contiguous()
-            or tensor.is_neg()
-        ):
-            return 0
-        place: int = tensor.data_ptr()
-        return 0 if place % ALIGNMENT else place
+    def _meet(self, torch: Any) -> None:
+        kind = torch_kind(torch, self._device)
+        self._forms = Forms(self._choose, (self._inputs, self._outputs), kind.dtypes)
+        self._current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+        self._kind, self._torch = kind, torch
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)
 
     def _run(self, index: int, tokens: int, views: list[View], outputs: list[int]) -> None:
         with cuda.current(self._device):
-            places = [view.address for view in views]
-            self._launch(index, tokens, places, outputs, views[0].kind)
+            places = [*(view.address for view in views), *outputs]
+            self._launch(index, tokens, places, views[0].kind)
 
-    def _launch(
-        self, index: int, tokens: int, inputs: list[int], outputs: list[int], kind: Any
-    ) -> None:
+    def _launch(self, index: int, tokens: int, places: list[int], kind: Any) -> None:
         """Run a variant on the current device, which is this one, on the stream of `kind`."""
         ready = self._ready(index)
-        for tensor, place in zip(ready.inputs, inputs, strict=True):
-            tensor.data = place
-        for tensor, place in zip(ready.outputs, outputs, strict=True):
-            tensor.data = place
-        for length in ready.lengths:
-            length[0] = tokens
-        size = ready.fixed + ready.per_token * tokens
-        # Freed when this returns, on the stream that the launches are on: its allocator
-        # gives it to later work of the same stream only.
-        space, place = kind.empty((size + _SLACK,), "uint8")
-        ready.space.data = place + -place % _ALIGN
-        ready.room[0] = size
-        cuda.use_stream(self._device, kind.stream())
-        ready.call()
-        del space
+        ready.fill(tokens, places)
+        stream = kind.stream()
+        held, place = kind.take(ready.size + _SLACK, stream)
+        try:
+            ready.space.data = place + -place % _ALIGN
+            cuda.use_stream(self._device, stream)
+            ready.call()
+        finally:
+            # The launches may still be waiting. What is given back goes to later work of the
+            # same stream only.
+            kind.give(held)
 
     def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
         return int(bound[name].address)

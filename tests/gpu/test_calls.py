@@ -157,6 +157,43 @@ def test_int64_ids_are_converted(swiglu: Case) -> None:
     assert torch.equal(want, wide)
 
 
+class Borrowed:
+    """A tensor of a library that moec has never heard of."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **more: Any) -> Any:
+        return self._tensor.__dlpack__(**more)
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_tensors_of_another_library(swiglu: Case, tokens: int) -> None:
+    x = torch.randn(tokens, 256, device="cuda").bfloat16()
+    out, want = torch.empty_like(x), swiglu.block(x)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        torch.cuda.synchronize()  # such tensors are worked on on the default stream
+        swiglu.block(Borrowed(x), out=Borrowed(out))
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_cupy_arrays(folder: Path, tokens: int) -> None:
+    cupy = pytest.importorskip("cupy")
+    case = load(folder, "hopper")["float16, biases, clamp"]
+    x = torch.randn(tokens, 256, device="cuda").half()
+    want = case.block(x)
+    torch.cuda.synchronize()
+    got = case.block(cupy.asarray(x))
+    cupy.cuda.get_current_stream().synchronize()
+    assert isinstance(got, cupy.ndarray) and torch.equal(torch.as_tensor(got, device="cuda"), want)
+
+
 def test_devices_that_do_not_fit_are_refused(folder: Path) -> None:
     with pytest.raises(TargetError, match="there is no CUDA device 99"):
         moec.load(folder / "hopper.moec", device="cuda:99")

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from moec.artifact import Function, TensorType, Variant
+from moec.errors import TargetError
 from moec.runtime import cuda, gpu_call, gpu_tensors
+from moec.runtime.call import _Prepared
 from moec.spec import ExpertsSpec
 
 H, K = 32, 4
@@ -32,14 +34,16 @@ class Fake(gpu_call.GpuCall):
     def __init__(self) -> None:
         super().__init__("experts", FUNCTION, None, dict, ExpertsSpec(16, K, H, 32), -1)  # type: ignore[arg-type]
         self.seen: list[dict[str, Any]] = []
+        self.taken: list[tuple[int, int, bool]] = []  # size, stream, whether it was given back
 
     def _ready(self, index: int) -> Any:
-        inputs = [SimpleNamespace(data=0) for _ in FUNCTION.inputs]
-        ready = SimpleNamespace(
-            inputs=inputs, outputs=[SimpleNamespace(data=0)], lengths=[[0], [0]], fixed=1000,
-            per_token=100, space=SimpleNamespace(data=0), room=[0],
-        )  # fmt: skip
-        ready.call = lambda: self.seen.append({"index": index, **vars(ready)})
+        def called() -> None:
+            self.seen.append({"index": index, "ready": ready, "lengths": lengths})
+
+        lengths = [[0], [0], [0]]  # of two shapes, and of the workspace
+        places = [SimpleNamespace(data=0) for _ in range(len(FUNCTION.inputs) + 2)]
+        frame: Any = SimpleNamespace(call=called, tensors=places)
+        ready = _Prepared(frame, (len(FUNCTION.inputs), 1), lengths, FUNCTION.variants[index])
         return ready
 
 
@@ -50,6 +54,13 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Fake:
             super().__init__(module, 0)
             self.device = torch.device("cpu")
 
+        def take(self, size: int, stream: int) -> tuple[Any, int]:
+            made.taken.append((size, stream, False))
+            return self.empty((size,), "uint8")
+
+        def give(self, held: Any) -> None:
+            made.taken[-1] = (*made.taken[-1][:2], True)
+
         def stream(self) -> int:
             return 7
 
@@ -57,7 +68,8 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(gpu_tensors, "_torch", {})
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     monkeypatch.setattr(cuda, "use_stream", lambda device, stream: None)
-    return Fake()
+    made = Fake()
+    return made
 
 
 def tensors(tokens: int = 5) -> list[Any]:
@@ -76,10 +88,23 @@ def test_what_fits_is_passed_on(call: Fake, tokens: int, index: int, given: bool
     (y,) = call._short(torch, args, out, None) or [None]
     assert y is out if given else (y.shape, y.dtype) == ((tokens, H), torch.bfloat16)
     (seen,) = call.seen
-    assert seen["index"] == index and seen["lengths"] == [[tokens], [tokens]]
-    assert [t.data for t in seen["inputs"]] == [a.data_ptr() for a in args]
-    assert seen["outputs"][0].data == y.data_ptr()
-    assert seen["room"] == [1000 + 100 * tokens] and seen["space"].data % 256 == 0
+    ready = seen["ready"]
+    assert seen["index"] == index
+    assert seen["lengths"] == [[tokens], [tokens], [1000 + 100 * tokens]]
+    assert [t.data for t in ready.inputs] == [a.data_ptr() for a in args]
+    assert ready.outputs[0].data == y.data_ptr()
+    assert ready.space.data and ready.space.data % 256 == 0
+    assert call.taken == [(ready.size + 256, 7, True)]
+
+
+def test_memory_is_given_back_after_a_failure(call: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: int, stream: int) -> None:
+        raise TargetError("no stream")
+
+    monkeypatch.setattr(cuda, "use_stream", fails)
+    with pytest.raises(TargetError):
+        call._short(torch, tensors(), None, None)
+    assert [given for _, _, given in call.taken] == [True]
 
 
 def test_a_named_schedule_is_used(call: Fake) -> None:

@@ -317,8 +317,11 @@ def down(
         Y = T.decl_buffer((NT, H), out, data=y_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, 0, 3, 3, 0)
-        L_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, LAST, KO, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+        if LAST < 16:
+            L_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, LAST, KO, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+        else:
+            L_map = W_map
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
