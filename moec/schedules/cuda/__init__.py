@@ -22,6 +22,7 @@ from ..passes.fold_reduce import FoldReduce
 from ..passes.index_experts import IndexExperts
 from ..passes.loop_experts import LoopExperts
 from . import mma, route, sort
+from .decode import MAX_TOKENS
 from .host import entry
 from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
 from .sort import Grid
@@ -83,12 +84,27 @@ def _plain(spec: MoESpec, target: Target) -> str | None:
     return _any(spec, target)
 
 
+def _unsorted(spec: MoESpec) -> int:
+    """The first T at which rows are sorted: `gather` is faster before.
+
+    It holds 8 tokens. What it saves is launches, some 6 us; but it reads a little slower, and
+    where 8 tokens choose more than 4 GB of weights that is more from two tokens on.
+    """
+    e = spec.experts
+    weights = (2 + e.gated) * e.width * e.intermediate_size * 2  # bytes of an expert
+    return 2 if min(e.num_experts, MAX_TOKENS * e.top_k) * weights > 4e9 else _DECODE
+
+
+def _before_sorting(spec: MoESpec) -> TokenRange:
+    return TokenRange(0, _unsorted(spec))
+
+
 def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
     """From so many rows an expert on: what decides is T * K / E, not T."""
 
     def span(spec: MoESpec) -> TokenRange:
         e = spec.experts
-        return TokenRange(max(_DECODE, round(rows * e.num_experts / e.top_k)))
+        return TokenRange(max(_unsorted(spec), round(rows * e.num_experts / e.top_k)))
 
     return span
 
@@ -118,7 +134,7 @@ def _portable(
     )  # fmt: skip
 
 
-_DECODE = 9  # from here on rows are sorted: `gather` holds 8 tokens, and is faster to there
+_DECODE = MAX_TOKENS + 1
 _SIMPLE = CudaConfig("simple", sorted_by=Grid.COUNTED)
 SCHEDULES = {
     schedule.name: schedule
@@ -127,7 +143,7 @@ SCHEDULES = {
             "gather", "cuda",
             "two launches, no sort: active experts found in the kernels, up to 8 tokens",
             (*_FOLDED, IndexExperts), CudaConfig("decode", few=True), TokenRange(0, _DECODE), True,
-            _decode,
+            _decode, _before_sorting,
         ),
         _stream(StreamConfig(16, stages=8, once=True), 0.0),
         _stream(StreamConfig(32, stages=8, once=True), 6.25),
