@@ -151,7 +151,6 @@ def test_decode_takes_two_launches_and_the_others_four() -> None:
     launches = {v.schedule.name: len(v.entry.kernels) for v in made.variants["experts"]}
     assert launches["gather"] == 2
     assert launches["stream16"] == launches["stream32"] == 4
-    # the sort of the others takes two
     assert launches["stream64"] == launches["stream160"] == 4
 
 
@@ -185,6 +184,22 @@ def test_a_named_schedule_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(TargetError, match=reason):
         lowered(spec, name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "first_sorted"),
+    [((8, 2, 4096, 14336), 9), ((128, 8, 2048, 768), 9), ((256, 8, 7168, 2048), 2)],
+)
+def test_many_large_experts_are_sorted_from_two_tokens_on(
+    sizes: tuple[int, int, int, int], first_sorted: int
+) -> None:
+    experts = ExpertsSpec(*sizes)
+    router = RouterSpec(experts.num_experts, experts.top_k, renorm=Renorm.SUM)
+    spec = MoESpec("bfloat16", router, experts)
+    chosen = choose(backend("cuda"), (), spec, target.resolve("cuda:sm_90a"))
+    spans = {s.name: str(tokens) for s, tokens in chosen}
+    assert spans["gather"] == f"T < {first_sorted}"
+    assert spans["stream16"].startswith(f"{first_sorted} <= T < ")
 
 
 def test_schedules_for_the_same_tokens_leave_no_empty_range() -> None:
