@@ -8,34 +8,25 @@ many; so here checks are written out in loops instead of calling functions.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..artifact import Function
-from ..spec import ExpertsSpec
 from .call import Call, Forms
-from .libraries import Library
-from .tensors import NUMPY_DTYPES, address, torch_kind, torch_places, torch_results
+from .tensors import NUMPY_DTYPES, address, torch_kind, torch_places, torch_results, torch_tokens
 
 
 class CpuCall(Call):
     """A compiled function of one block on the CPU; safe to call from several threads."""
 
-    def __init__(
-        self,
-        name: str,
-        function: Function,
-        library: Library,
-        parameters: Callable[[], Mapping[str, Any]],
-        spec: ExpertsSpec,
-        threads: tuple[int, int],
-    ) -> None:
-        super().__init__(name, function, library, parameters, spec, threads)
-        self._numpy = Forms(self._choose, (self._inputs, self._outputs), NUMPY_DTYPES)
-        self._torch: tuple[Any, Forms] | None = None  # the module, its forms
+    _torch: tuple[Any, Forms] | None = None  # the module, the forms of its tensors
+
+    @functools.cached_property
+    def _numpy(self) -> Forms:
+        return Forms(self._choose, (self._inputs, self._outputs), NUMPY_DTYPES)
 
     def __call__(
         self, args: Sequence[Any], out: Any = None, schedule: str | None = None
@@ -94,7 +85,7 @@ class CpuCall(Call):
             ports = self._inputs, self._outputs
             self._torch = torch, Forms(self._choose, ports, torch_kind(torch).dtypes)
         first, known = args[0], self._torch[1]
-        tokens = first.shape[0] if first.dim() else 0
+        tokens = torch_tokens(first)
         if not tokens:
             return None
         index, forms, results = known.at(tokens, schedule)

@@ -21,7 +21,7 @@ from .call import Call, Forms
 from .gpu_tensors import ALIGNMENT, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
-from .tensors import View, torch_places, torch_results
+from .tensors import View, torch_places, torch_results, torch_tokens
 
 _ALIGN = _SLACK = 256  # of the workspace, as its intermediates are aligned within it
 
@@ -60,7 +60,7 @@ class GpuCall(Call):
         if self._torch is not torch:
             self._meet(torch)
         first = args[0]
-        tokens = first.shape[0] if type(first) is torch.Tensor and first.dim() else 0
+        tokens = torch_tokens(first) if type(first) is torch.Tensor else 0
         if not tokens or self._current() != self._device:
             return None
         index, forms, results = self._forms.at(tokens, schedule)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ..errors import InputError
 from . import cuda, dlpack
-from .tensors import View, not_contiguous, packed, wrong_device
+from .tensors import View, not_contiguous, not_dense, packed, wrong_device
 
 ALIGNMENT = 16  # bytes: the kernels load activations in pieces of this size
 _NAMES = ("float32", "float16", "bfloat16", "int32", "int64", "uint8")
@@ -160,12 +160,7 @@ _torch: dict[int, _Torch] = {}
 def _view_torch(tensor: Any, name: str, torch: Any, device: int) -> View:
     kind = torch_kind(torch, device)
     if tensor.layout is not torch.strided or tensor.is_nested:
-        raise InputError(
-            f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor",
-            where=name,
-            need="a dense (strided) tensor",
-            hint=f"{name}.to_dense()",
-        )
+        raise not_dense(tensor, name)
     if tensor.device != kind.device:
         raise wrong_device(name, str(tensor.device), str(kind.device))
     if tensor.requires_grad and torch.is_grad_enabled():

@@ -90,6 +90,14 @@ def view(tensor: Any, name: str, *, writable: bool = False) -> View:
     )
 
 
+def torch_tokens(tensor: Any) -> int:
+    """The first dimension of a torch tensor; 0 for what has none."""
+    try:
+        return int(tensor.shape[0]) if tensor.dim() else 0
+    except RuntimeError:  # nested tensors have no sizes
+        return 0
+
+
 def torch_places(
     torch: Any, tensors: Sequence[Any], forms: Sequence[Form], device: int = -1, alignment: int = 0
 ) -> list[int] | None:
@@ -135,6 +143,18 @@ def torch_results(torch: Any, first: Any, forms: Sequence[Form]) -> tuple[list[A
         else:
             made.append(first.new_empty(shape))
     return made, [tensor.data_ptr() for tensor in made]
+
+
+def not_dense(tensor: Any, name: str) -> InputError:
+    """The error for a torch tensor that is nested, sparse or of a library's own layout."""
+    nested = tensor.is_nested
+    kind = "nested" if nested else str(tensor.layout).removeprefix("torch.")
+    return InputError(
+        f"{name} is a {kind} tensor",
+        where=name,
+        need="a dense (strided) tensor",
+        hint=f"torch.cat({name}.unbind())" if nested else f"{name}.to_dense()",
+    )
 
 
 def not_contiguous(name: str, strides: Any) -> InputError:
@@ -237,12 +257,7 @@ def _view_numpy(array: np.ndarray[Any, Any], name: str, writable: bool) -> View:
 def _view_torch(tensor: Any, name: str, torch: Any) -> View:
     kind = torch_kind(torch)
     if tensor.layout is not kind.strided or tensor.is_nested:
-        raise InputError(
-            f"{name} is a {str(tensor.layout).removeprefix('torch.')} tensor",
-            where=name,
-            need="a dense (strided) tensor",
-            hint=f"{name}.to_dense()",
-        )
+        raise not_dense(tensor, name)
     if not tensor.is_cpu:
         raise wrong_device(name, str(tensor.device))
     if tensor.requires_grad and torch.is_grad_enabled():

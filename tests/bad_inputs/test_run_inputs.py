@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,12 @@ def sparse() -> torch.Tensor:
     return torch.from_numpy(X).to_sparse()
 
 
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():  # torch calls them a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.nested.nested_tensor([torch.from_numpy(X), torch.from_numpy(X[:2])])
+
+
 def negated() -> torch.Tensor:
     return torch._neg_view(torch.from_numpy(X))  # contiguous, its values are not its bytes
 
@@ -84,6 +91,7 @@ ROWS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "torch width": (lambda: torch.zeros(3, 9), "x has shape [3, 9]", "[T, 8] float32"),
     "torch steps": (lambda: torch.zeros(8, 3).T, "x is not C-contiguous (strides (1, 3))", "x.con"),
     "torch sparse": (sparse, "x is a sparse_coo tensor", "to_dense"),
+    "torch nested": (nested, "x is a nested tensor", "unbind"),
     "torch negated": (negated, "x is not C-contiguous", "contiguous"),
     "torch meta": (lambda: torch.zeros(3, 8, device="meta"), "x is on device meta", "cpu"),
     "torch grad": (lambda: torch.zeros(3, 8, requires_grad=True), "requires a gradient", "no_grad"),

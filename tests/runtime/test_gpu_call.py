@@ -6,6 +6,7 @@ compiled function is then given. Refusals are those of the long way, which tests
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,6 +121,9 @@ def unusual() -> dict[str, tuple[list[Any], Any]]:
     x, ids, weights = tensors()
     backing = torch.empty(6 * H).bfloat16()
     grown = torch.zeros(4 + 5 * K)
+    with warnings.catch_warnings():  # torch calls them a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        nested = torch.nested.nested_tensor([x, x[:2]])
     return {
         "no tokens": (tensors(0), None),
         "another dtype": ([x.float(), ids, weights], None),
@@ -129,6 +133,7 @@ def unusual() -> dict[str, tuple[list[Any], Any]]:
         "another rank": ([x[0], ids, weights], None),
         "not contiguous": ([torch.randn(H, 5).bfloat16().T, ids, weights], None),
         "not aligned": ([x, ids, grown[1 : 1 + 5 * K].view(5, K)], None),
+        "nested": ([nested, ids, weights], None),
         "sparse": ([x, ids, weights.to_sparse()], None),
         "a negated view": ([x, ids, torch._neg_view(weights)], None),
         "for autograd": ([x, ids, weights.clone().requires_grad_()], None),
