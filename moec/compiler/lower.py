@@ -17,9 +17,6 @@ from ..spec import MoESpec
 from ..target import Target
 from .instruments import Observer
 
-# How values of the model's dtype lie in a buffer; bfloat16 travels as its raw bits.
-_STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int32": "int32"}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -123,7 +120,7 @@ def _entry(
 def ports(spec: MoESpec) -> dict[str, Buf]:
     """Inputs and outputs of a block's functions, as buffers that a caller owns."""
     hidden, top_k = spec.experts.hidden_size, spec.experts.top_k
-    dtype = _STORAGE[spec.dtype]
+    dtype = spec.dtype
     return {
         "x": Buf("x", (PerToken(), hidden), dtype, True),
         "topk_ids": Buf("topk_ids", (PerToken(), top_k), "int32", True),

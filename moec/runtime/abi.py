@@ -1,7 +1,7 @@
 """The C ABI of tvm_ffi through ctypes: functions, arguments and errors.
 
-Everything goes through libtvm_ffi.so, and the Python package tvm_ffi is not imported: it
-would import torch, and it knows neither NumPy's bfloat16 nor read-only arrays. A tensor is
+Everything goes through libtvm_ffi.so. The Python package tvm_ffi would import torch, and knows
+neither NumPy's bfloat16 nor read-only arrays: only `direct` imports it, for torch. A tensor is
 a DLTensor that borrows memory; whoever makes a call keeps that memory alive until it ends.
 """
 
@@ -15,13 +15,13 @@ from ..errors import MoecError
 
 _NONE, _INT, _BOOL, _DLTENSOR, _STRING, _OBJECTS = 0, 1, 2, 7, 8, 64
 _CPU = 1
-# DLPack's type codes and bits. bfloat16 travels as its raw bits.
+# DLPack's type codes and bits.
 TYPES = {
     "float32": (2, 32),
     "float16": (2, 16),
     "int32": (0, 32),
     "uint16": (1, 16),
-    "bfloat16": (1, 16),
+    "bfloat16": (4, 16),
     "uint8": (1, 8),
     "int8": (0, 8),
 }
@@ -54,6 +54,11 @@ class _Bytes(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
 
+def _bytes(text: bytes) -> _Bytes:
+    """A view of `text`, which must outlive it."""
+    return _Bytes(ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p), len(text))
+
+
 class _Error(ctypes.Structure):
     """An error object: the object header (24 bytes), then its texts."""
 
@@ -69,6 +74,8 @@ class Ffi:
         self.call_raw.argtypes = (pointer, pointer, ctypes.c_int32, pointer)
         self._get_global = library.TVMFFIFunctionGetGlobal
         self._get_global.argtypes = (pointer, pointer)
+        self._set_global = library.TVMFFIFunctionSetGlobal
+        self._set_global.argtypes = (pointer, pointer, ctypes.c_int32)
         self._take_error = library.TVMFFIErrorMoveFromRaised
         self._take_error.argtypes = (pointer,)
         self._take_error.restype = None
@@ -78,11 +85,16 @@ class Ffi:
     def function(self, name: str) -> Object:
         """A global function of the runtime; MoecError if there is none of that name."""
         text, handle = name.encode(), ctypes.c_void_p()
-        view = _Bytes(ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p), len(text))
-        code = self._get_global(ctypes.byref(view), ctypes.byref(handle))
+        code = self._get_global(ctypes.byref(_bytes(text)), ctypes.byref(handle))
         if code or not handle.value:
             raise MoecError(f"the TVM runtime has no function {name!r}")
         return Object(self, handle.value, _OBJECTS + 4)
+
+    def name(self, name: str, function: Object) -> None:
+        """Make a function global under a name that no other has."""
+        text = name.encode()
+        if self._set_global(ctypes.byref(_bytes(text)), function.handle, 0):
+            raise MoecError(self.error())
 
     def call(self, function: Object, *args: int | bool | str | Object | Value) -> Any:
         """Call `function`; the result is None, an int, or an Object that owns its handle.
@@ -156,7 +168,7 @@ class Frame:
     `tensors` and `ints` are in argument order, tensors first. A frame belongs to one thread.
     """
 
-    __slots__ = ("_args", "_count", "_ffi", "_function", "_keep", "_result", "tensors", "values")
+    __slots__ = ("_args", "_count", "_ffi", "_keep", "_result", "function", "tensors", "values")
 
     def __init__(
         self,
@@ -167,7 +179,7 @@ class Frame:
         keep: Any,
     ) -> None:
         count = len(tensors) + len(ints)
-        self._ffi, self._function, self._count = ffi, function, count
+        self._ffi, self.function, self._count = ffi, function, count
         self._keep = keep  # shapes and parameter memory
         self.tensors = tuple(tensors)
         self.values = (Value * count)()
@@ -181,7 +193,7 @@ class Frame:
     def call(self) -> None:
         """Run the symbol; the interpreter lock is released while it runs."""
         args, result = self._args
-        if self._ffi.call_raw(self._function.handle, args, self._count, result):
+        if self._ffi.call_raw(self.function.handle, args, self._count, result):
             raise MoecError(
                 "a compiled function refused its arguments or failed",
                 where=self._ffi.error(),

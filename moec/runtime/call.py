@@ -51,19 +51,23 @@ class Port:
         raise InputError(f"{name} {what}", where=name, need=str(self), hint=hint)
 
 
-class _Prepared:
-    """A frame and the places in it that change from call to call."""
+class Prepared:
+    """A frame and the places in it that change from call to call.
+
+    `native` is what `direct` makes of it.
+    """
 
     __slots__ = (
-        "call", "fixed", "inputs", "lengths", "moving", "outputs", "per_token", "room", "size",
-        "space", "tokens",
+        "call", "fixed", "frame", "inputs", "lengths", "moving", "native", "outputs", "per_token",
+        "room", "size", "space", "tokens",
     )  # fmt: skip
 
     def __init__(
         self, frame: abi.Frame, ports: tuple[int, int], lengths: list[Any], variant: Variant
     ) -> None:
         inputs, outputs = ports
-        self.call = frame.call
+        self.frame, self.call = frame, frame.call
+        self.native: Any = None
         self.inputs = frame.tensors[:inputs]
         self.outputs = frame.tensors[-1 - outputs : -1]
         self.moving = self.inputs + self.outputs
@@ -73,11 +77,15 @@ class _Prepared:
         self.tokens = self.size = 0  # what the lengths hold, and the size of the workspace
 
     def fill(self, tokens: int, places: list[int]) -> None:
-        """Set T, and where inputs and outputs lie; `size` is then that of the workspace."""
+        """Set T, and where inputs and outputs lie."""
         number = 0
         for tensor in self.moving:
             tensor.data = places[number]
             number += 1
+        self.resize(tokens)
+
+    def resize(self, tokens: int) -> None:
+        """Set T; `size` is then that of the workspace."""
         if tokens != self.tokens:
             for length in self.lengths:
                 length[0] = tokens
@@ -119,7 +127,7 @@ class Forms:
 
 class _Frames(threading.local):
     def __init__(self) -> None:
-        self.table: dict[int, _Prepared] = {}
+        self.table: dict[int, Prepared] = {}
 
 
 class Call:
@@ -204,7 +212,7 @@ class Call:
         use_workers(self._workers)
         ready.call()
 
-    def _ready(self, index: int) -> _Prepared:
+    def _ready(self, index: int) -> Prepared:
         """The calling thread's frame of a variant."""
         ready = self._frames.table.get(index)
         return self._prepare(index) if ready is None else ready
@@ -274,7 +282,7 @@ class Call:
             hint=f"compile with --schedule {schedule}",
         )
 
-    def _prepare(self, index: int) -> _Prepared:
+    def _prepare(self, index: int) -> Prepared:
         variant = self._function.variants[index]
         shapes: dict[tuple[int, ...], Any] = {}
         tensors = []
@@ -295,7 +303,7 @@ class Call:
         function = self._library.function(variant.symbol)
         frame = abi.Frame(runtime(), function, tensors, [self._threads], (keep, lengths))
         ports = len(self._inputs), len(self._outputs)
-        ready = _Prepared(frame, ports, lengths, variant)
+        ready = Prepared(frame, ports, lengths, variant)
         self._frames.table[index] = ready
         return ready
 

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 
 from .call import Call, Forms
-from .tensors import NUMPY_DTYPES, address, torch_kind, torch_places, torch_results, torch_tokens
+from .direct import REFUSED, Direct
+from .pool import use_workers, workspace
+from .tensors import NUMPY_DTYPES, address, torch_kind
 
 
 class CpuCall(Call):
     """A compiled function of one block on the CPU; safe to call from several threads."""
 
-    _torch: tuple[Any, Forms] | None = None  # the module, the forms of its tensors
+    _torch: Any = None  # the module that `_direct` is for
+    _direct: Direct | None = None
 
     @functools.cached_property
     def _numpy(self) -> Forms:
@@ -81,26 +84,32 @@ class CpuCall(Call):
         self, torch: Any, args: Sequence[Any], out: Any, schedule: str | None
     ) -> list[Any] | None:
         """The whole call on torch tensors, or None when it is for the long way."""
-        if self._torch is None or self._torch[0] is not torch:
-            ports = self._inputs, self._outputs
-            self._torch = torch, Forms(self._choose, ports, torch_kind(torch).dtypes)
-        first, known = args[0], self._torch[1]
-        tokens = torch_tokens(first)
-        if not tokens:
+        if self._torch is not torch:
+            self._meet(torch)
+        direct = self._direct
+        if direct is None:
             return None
-        index, forms, results = known.at(tokens, schedule)
-        tensors = args
-        if out is not None:
-            tensors, forms = (*args, out), forms + results
-        places = torch_places(torch, tensors, forms)
-        if places is None:
+        try:
+            fit = direct.fit(args, out, schedule)
+            if fit is None:
+                return None
+            index, tokens, results = fit
+            ready = self._ready(index)
+            ready.resize(tokens)
+            ready.space.data = workspace(ready.size)
+            use_workers(self._workers)
+            direct.run(ready, args, results)
+        except REFUSED:
             return None
-        if out is not None:
-            return self._into(out, tokens, places, index)
-        made, addresses = torch_results(torch, first, results)
-        places += addresses
-        self._start(index, tokens, places)
-        return made
+        return results
+
+    def _meet(self, torch: Any) -> None:
+        ports, dtypes = (self._inputs, self._outputs), torch_kind(torch).dtypes
+        try:
+            self._direct = Direct(torch, self._choose, ports, dtypes, self._apart)
+        except ImportError:
+            self._direct = None
+        self._torch = torch
 
     def _into(self, out: Any, tokens: int, places: list[int], index: int) -> list[Any] | None:
         """Run into the caller's output, the last of the places, if it overlaps no input."""

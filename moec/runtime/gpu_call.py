@@ -17,11 +17,12 @@ from typing import Any
 from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
-from .call import Call, Forms
+from .call import Call
+from .direct import REFUSED, Direct
 from .gpu_tensors import ALIGNMENT, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
-from .tensors import View, torch_places, torch_results, torch_tokens
+from .tensors import View
 
 _ALIGN = _SLACK = 256  # of the workspace, as its intermediates are aligned within it
 
@@ -42,7 +43,7 @@ class GpuCall(Call):
         self._device = device
         self._torch: Any = None  # torch as it was when what follows was made of it
         self._kind: Any = None
-        self._forms: Any = None
+        self._direct: Direct | None = None
         self._current: Any = None  # asks for the current device
 
     def __call__(
@@ -59,29 +60,35 @@ class GpuCall(Call):
         """The whole call, or None when it is for the long way."""
         if self._torch is not torch:
             self._meet(torch)
-        first = args[0]
-        tokens = torch_tokens(first) if type(first) is torch.Tensor else 0
-        if not tokens or self._current() != self._device:
+        direct = self._direct
+        if direct is None or self._current() != self._device:
             return None
-        index, forms, results = self._forms.at(tokens, schedule)
-        tensors = args
-        if out is not None:
-            tensors, forms = (*args, out), forms + results
-        places = torch_places(torch, tensors, forms, self._device, ALIGNMENT)
-        if places is None:
+        try:
+            fit = direct.fit(args, out, schedule)
+            if fit is None:
+                return None
+            index, tokens, results = fit
+            ready = self._ready(index)
+            ready.resize(tokens)
+            kind = self._kind
+            held, place = kind.take(ready.size + _SLACK, kind.stream())
+            try:
+                ready.space.data = place + -place % _ALIGN
+                direct.run(ready, args, results)  # on torch's current stream
+            finally:
+                kind.give(held)  # see _launch
+        except REFUSED:
             return None
-        made = [out]
-        if out is None:
-            made, addresses = torch_results(torch, first, results)
-            places += addresses
-        elif not self._apart(places[:-1], places[-1], tokens):
-            return None
-        self._launch(index, tokens, places, self._kind)
-        return made
+        return results
 
     def _meet(self, torch: Any) -> None:
         kind = torch_kind(torch, self._device)
-        self._forms = Forms(self._choose, (self._inputs, self._outputs), kind.dtypes)
+        ports = self._inputs, self._outputs
+        try:
+            dtypes = kind.dtypes
+            self._direct = Direct(torch, self._choose, ports, dtypes, self._apart, ALIGNMENT)
+        except ImportError:
+            self._direct = None
         self._current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
         self._kind, self._torch = kind, torch
 

@@ -1,7 +1,7 @@
 """Finds and loads the native libraries: libtvm_ffi, libtvm_runtime and compiled ones.
 
-Neither `tvm` nor `tvm_ffi` is imported, so the compiler (259 MB) is never mapped. Loading
-runs native code: check an artifact's hashes before.
+`tvm` is not imported, so the compiler (259 MB) is never mapped. Loading runs native code: check
+an artifact's hashes before.
 """
 
 from __future__ import annotations

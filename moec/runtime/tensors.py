@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
@@ -88,61 +87,6 @@ def view(tensor: Any, name: str, *, writable: bool = False) -> View:
         need="a NumPy array, a torch tensor, or another tensor with __dlpack__",
         hint=f"numpy.asarray({name}, dtype=...)",
     )
-
-
-def torch_tokens(tensor: Any) -> int:
-    """The first dimension of a torch tensor; 0 for what has none."""
-    try:
-        return int(tensor.shape[0]) if tensor.dim() else 0
-    except RuntimeError:  # nested tensors have no sizes
-        return 0
-
-
-def torch_places(
-    torch: Any, tensors: Sequence[Any], forms: Sequence[Form], device: int = -1, alignment: int = 0
-) -> list[int] | None:
-    """Addresses of torch tensors of these forms on a device (-1: the CPU); None if any differs.
-
-    It asks what `view` asks, and a call of a small layer takes as long as these questions.
-    Addresses are multiples of `alignment`, without it of the size of an element.
-    """
-    places = []
-    number = 0
-    try:
-        for dtype, shape, size in forms:
-            tensor = tensors[number]
-            if (
-                type(tensor) is not torch.Tensor
-                or tensor.dtype is not dtype
-                or tensor.shape != shape
-                or tensor.get_device() != device
-                or tensor.requires_grad
-                or not tensor.is_contiguous()
-                or tensor.is_neg()
-            ):
-                return None
-            place = tensor.data_ptr()
-            if not place or place % (alignment or size):  # tensors of no memory have address 0
-                return None
-            places.append(place)
-            number += 1
-    except RuntimeError:  # sparse and nested tensors do not even say whether they fit
-        return None
-    return places
-
-
-def torch_results(torch: Any, first: Any, forms: Sequence[Form]) -> tuple[list[Any], list[int]]:
-    """New torch tensors of these forms where `first`, a contiguous one, is; their addresses."""
-    made = []
-    for dtype, shape, _ in forms:
-        # What need not be said costs no time: torch reads a dtype in 0.5 us, a shape in 0.7.
-        if dtype is not first.dtype:
-            made.append(first.new_empty(shape, dtype=dtype))
-        elif first.shape == shape:
-            made.append(torch.empty_like(first))
-        else:
-            made.append(first.new_empty(shape))
-    return made, [tensor.data_ptr() for tensor in made]
 
 
 def not_dense(tensor: Any, name: str) -> InputError:

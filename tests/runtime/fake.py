@@ -61,22 +61,22 @@ def _function(name: str, dtype: str, args: str, buffers: list[str], body: list[s
     return _HEAD.format(
         name=name,
         args=args.format(raw=raw),
-        dtype=raw,
+        dtype=dtype,
         size=size,
-        buffers="\n".join(f"    {line.format(raw=raw, size=size)}" for line in buffers),
+        buffers="\n".join(f"    {line.format(dtype=dtype, size=size)}" for line in buffers),
         body="\n".join(" " * 12 + line for line in body),
     )
 
 
 def _experts(name: str, dtype: str, extra: str) -> str:
-    y = 'Y = T.match_buffer(y_h, (n, 8), "{raw}", align={size})'
+    y = 'Y = T.match_buffer(y_h, (n, 8), "{dtype}", align={size})'
     if dtype == "bfloat16":
         body = [
             "for h in range(8):",
             "    if IDS[t, 0] >= 0 and IDS[t, 0] < 4:",
             "        Y[t, h] = X[t, h]",
             "    else:",
-            "        Y[t, h] = T.uint16(0)",
+            "        Y[t, h] = T.bfloat16(0)",
         ]
     else:
         body = [
@@ -108,7 +108,7 @@ def sources(dtype: str) -> dict[str, str]:
             "b0_moe",
             dtype,
             "x_h: T.handle, y_h: T.handle",
-            ['Y = T.match_buffer(y_h, (n, 8), "{raw}", align={size})'],
+            ['Y = T.match_buffer(y_h, (n, 8), "{dtype}", align={size})'],
             ["for h in range(8):", f"    {copy}"],
         ),
         "b0_route": _function(

@@ -1,7 +1,8 @@
 """The short way of a call on a GPU, without one: torch tensors of the CPU stand for the device's.
 
 Only what a call decides on the host is tested: which tensors take the short way, and what the
-compiled function is then given. Refusals are those of the long way, which tests/gpu calls.
+compiled function is then given; it refuses what does not fit, here as on a GPU. Refusals are
+explained by the long way, which tests/gpu calls.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 
 from moec.artifact import Function, TensorType, Variant
 from moec.errors import TargetError
-from moec.runtime import cuda, gpu_call, gpu_tensors
-from moec.runtime.call import _Prepared
+from moec.runtime import gpu_call, gpu_tensors
+from moec.runtime.call import Prepared
 from moec.spec import ExpertsSpec
 
 H, K = 32, 4
@@ -36,15 +37,28 @@ class Fake(gpu_call.GpuCall):
         super().__init__("experts", FUNCTION, None, dict, ExpertsSpec(16, K, H, 32), -1)  # type: ignore[arg-type]
         self.seen: list[dict[str, Any]] = []
         self.taken: list[tuple[int, int, bool]] = []  # size, stream, whether it was given back
+        self.error: Exception | None = None
 
     def _ready(self, index: int) -> Any:
-        def called() -> None:
-            self.seen.append({"index": index, "ready": ready, "lengths": lengths})
+        def called(*args: Any) -> None:
+            if self.error:
+                raise self.error
+            tensors, rest = args[: len(FUNCTION.inputs) + 1], args[len(FUNCTION.inputs) + 1 :]
+            ports = FUNCTION.inputs + FUNCTION.outputs
+            tokens = tensors[0].shape[0]
+            for port, tensor in zip(ports, tensors, strict=True):
+                if tensor.shape != (tokens, *port.shape[1:]) or not tensor.is_contiguous():
+                    raise ValueError("shape")
+                if tensor.dtype is not getattr(torch, port.dtype) or tensor.is_meta:
+                    raise TypeError("dtype")
+            seen = {"index": index, "ready": ready, "lengths": lengths}
+            self.seen.append({**seen, "tensors": tensors, "rest": rest})
 
         lengths = [[0], [0], [0]]  # of two shapes, and of the workspace
         places = [SimpleNamespace(data=0) for _ in range(len(FUNCTION.inputs) + 2)]
-        frame: Any = SimpleNamespace(call=called, tensors=places)
-        ready = _Prepared(frame, (len(FUNCTION.inputs), 1), lengths, FUNCTION.variants[index])
+        frame: Any = SimpleNamespace(call=None, tensors=places)
+        ready = Prepared(frame, (len(FUNCTION.inputs), 1), lengths, FUNCTION.variants[index])
+        ready.native = called, (), ("workspace", 1)
         return ready
 
 
@@ -68,7 +82,6 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(gpu_tensors, "_Torch", Kind)
     monkeypatch.setattr(gpu_tensors, "_torch", {})
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(cuda, "use_stream", lambda device, stream: None)
     made = Fake()
     return made
 
@@ -92,17 +105,14 @@ def test_what_fits_is_passed_on(call: Fake, tokens: int, index: int, given: bool
     ready = seen["ready"]
     assert seen["index"] == index
     assert seen["lengths"] == [[tokens], [tokens], [1000 + 100 * tokens]]
-    assert [t.data for t in ready.inputs] == [a.data_ptr() for a in args]
-    assert ready.outputs[0].data == y.data_ptr()
+    assert all(a is b for a, b in zip(seen["tensors"], [*args, y], strict=True))
+    assert seen["rest"] == ("workspace", 1)
     assert ready.space.data and ready.space.data % 256 == 0
     assert call.taken == [(ready.size + 256, 7, True)]
 
 
-def test_memory_is_given_back_after_a_failure(call: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(device: int, stream: int) -> None:
-        raise TargetError("no stream")
-
-    monkeypatch.setattr(cuda, "use_stream", fails)
+def test_memory_is_given_back_after_a_failure(call: Fake) -> None:
+    call.error = TargetError("no stream")
     with pytest.raises(TargetError):
         call._short(torch, tensors(), None, None)
     assert [given for _, _, given in call.taken] == [True]

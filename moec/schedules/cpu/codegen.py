@@ -59,6 +59,8 @@ def _pipeline() -> tuple[Any, Any, Any]:
             tirx.transform.AnnotateEntryFunc(),
             tirx.transform.SplitHostDevice(),
             tirx.transform.MakePackedAPI(),
+            # An entry compares the dtype of a tensor with bfloat16; a pointer to it ends LLVM.
+            tirx.transform.BF16StorageLegalize(),
         )
         return tvm.transform.Sequential(passes)(module)
 

@@ -53,8 +53,7 @@ def build_host(
                 tokens * d.count if isinstance(d, PerToken) else tirx.const(d, "int64")
                 for d in buf.shape
             ]
-            dtype = "uint16" if buf.dtype == "bfloat16" else buf.dtype  # travels as its bits
-            pointers[name] = T.match_buffer(handles[name], shape, dtype, align=16).data
+            pointers[name] = T.match_buffer(handles[name], shape, buf.dtype, align=16).data
         workspace = T.match_buffer(workspace_handle, (size,), "uint8", align=ALIGN)
         offset: Any = tirx.const(0, "int64")
         for launch in launches:
