@@ -13,7 +13,7 @@ from typing import Any
 
 from ..spec import MoESpec, Parameter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_BYTES = 256 << 20
 TOKENS = "T"  # the symbolic dimension of inputs and outputs

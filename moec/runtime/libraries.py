@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import sys
+import threading
 from pathlib import Path
 
 from .. import host
@@ -57,7 +58,8 @@ class Library:
         self._path = path
         self._get = self._ffi.function("ffi.ModuleGetFunction")
         # Held as long as this value lives: unloading would take the code from under a caller.
-        self._module = self._ffi.call(self._ffi.function("ffi.ModuleLoadFromFile"), str(path))
+        load = self._ffi.function("ffi.ModuleLoadFromFile")
+        self._module = self._ffi.call(load, _spelled(path.resolve()))
         self._functions: dict[str, Object] = {}
 
     def function(self, symbol: str) -> Object:
@@ -74,6 +76,25 @@ class Library:
                 )
             self._functions[symbol] = found
         return found
+
+
+_lock = threading.Lock()
+_seen: dict[Path, list[tuple[int, int, int]]] = {}  # the files that were loaded from a path
+
+
+def _spelled(path: Path) -> str:
+    """`path`, spelled differently for every file that has been there.
+
+    A dynamic linker that has a library of this name takes it for what is there now: the code of
+    an artifact that was compiled again would be that of the one before.
+    """
+    stat = path.stat()
+    identity = stat.st_dev, stat.st_ino, stat.st_mtime_ns
+    with _lock:
+        known = _seen.setdefault(path, [])
+        if identity not in known:
+            known.append(identity)
+        return f"{path.parent}/{'./' * known.index(identity)}{path.name}"
 
 
 @functools.cache

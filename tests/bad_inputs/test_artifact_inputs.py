@@ -61,7 +61,7 @@ def link(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    fake.edit(path, format_version=2, blocks="a form that this version does not know")
+    fake.edit(path, format_version=3, blocks="a form that this version does not know")
 
 
 def weight_header(change: Callable[[dict[str, Any]], None]) -> Damage:
@@ -106,7 +106,7 @@ ROWS: dict[str, tuple[Damage, type[MoecError], str]] = {
     "not canonical": (text('"format": "moec"', '"format":  "moec"'), ArtifactError, "canonical"),
     "digest": (text('"layer": 3', '"layer": 4'), ArtifactError, "digest"),
     "foreign": (manifest(format="other"), ArtifactError, "'other' is not 'moec'"),
-    "newer version": (newer, ArtifactError, "format version 2"),
+    "newer version": (newer, ArtifactError, "format version 3"),
     "other tvm": (
         manifest(producer={"moec": "0", "tvm": "0.28.0", "tvm_ffi": "0.1.14.post0"}),
         ArtifactError,

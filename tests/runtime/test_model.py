@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -99,6 +101,18 @@ def test_bfloat16_without_a_copy(half: Block, tokens: int) -> None:
     third = half(exported)
     assert isinstance(third, tvm_ffi.Tensor) and str(third.dtype) == "bfloat16"
     assert torch.equal(torch.from_dlpack(third).view(torch.int16), tensor.view(torch.int16))
+
+
+def test_an_artifact_in_the_place_of_a_loaded_one(tmp_path: Path) -> None:
+    """Both models run the code that they were loaded with."""
+    path, x = tmp_path / "model.moec", np.ones((2, fake.H), "f4")
+    shutil.copytree(fake.shared(), path)
+    first = moec.runtime.load(path)
+    shutil.rmtree(path)
+    shutil.copytree(fake.shared("bfloat16"), path)
+    second = moec.runtime.load(path)
+    np.testing.assert_array_equal(second[1](x.astype(BF16)), x.astype(BF16))
+    np.testing.assert_array_equal(first[1](x), 2 * x)
 
 
 class Foreign:
