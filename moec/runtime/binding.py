@@ -90,7 +90,7 @@ class Binding:
         self._packer = Packer(library, self._checkpoint, workers)
 
     def parameters(self, block: Block) -> Parameters:
-        """Packed parameters of a layer by name, in the dtypes of the manifest.
+        """Packed parameters of a layer by name, in the dtypes of the manifest (bfloat16: its bits).
 
         Raises ArtifactError when a weight file does not hold what the manifest says, and for
         mode "reference" what reading the checkpoint raises; ResourceError without memory.
@@ -101,6 +101,10 @@ class Binding:
                     shape = self._shapes[block.shape]
                     self._bound[block.layer] = self._bind(block, shape)
         return self._bound[block.layer]
+
+    def dtypes(self, block: Block) -> Mapping[str, str]:
+        """The dtypes of a layer's packed parameters by name, as the manifest has them."""
+        return {name: p.dtype for name, p in self._shapes[block.shape].packed.items()}
 
     def _bind(self, block: Block, shape: TargetShape) -> Parameters:
         if not self._mapped:

@@ -27,9 +27,10 @@ class GpuBinding:
         return self._bound[block.layer]
 
     def _copy(self, block: Block) -> Mapping[str, cuda.Memory]:
+        dtypes = self._host.dtypes(block)
         with cuda.current(self._device):
             copied = {
-                name: cuda.Memory(array, array.dtype.name)
+                name: cuda.Memory(array, dtypes[name])
                 for name, array in self._host.parameters(block).items()
             }
         self._host.forget(block)
