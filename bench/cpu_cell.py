@@ -169,7 +169,8 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    block = moec.load(folder / "layer.moec", threads=args.threads, verify="library")[0]
+    path = folder / "layer.moec"
+    block = moec.load(path, threads=args.threads, verify="library", memory="copy")[0]
     ggml = Path(args.ggml) if args.ggml else None
     weights = canonical(folder, args.layer, args.dtype)
     peers = open_peers(args.peers, args.layer, weights, args.threads, ggml)

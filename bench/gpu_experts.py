@@ -41,17 +41,11 @@ class Entries:
     def bind(self, symbol: str, tensors: list[Any]) -> Any:
         """A function of no arguments that runs `symbol` on the current stream."""
         abi, cuda, torch = self._abi, self._cuda, self._torch
-        names = {
-            torch.bfloat16: (1, 16),
-            torch.float32: (2, 32),
-            torch.int32: (0, 32),
-            torch.uint8: (1, 8),
-        }
         keep, raw = [tensors], []
         for tensor in tensors:
             dims = abi.dims(tuple(tensor.shape))
             keep.append(dims)
-            code, bits = names[tensor.dtype]
+            code, bits = abi.TYPES[str(tensor.dtype).removeprefix("torch.")]
             raw.append(
                 abi.DLTensor(
                     tensor.data_ptr(),
