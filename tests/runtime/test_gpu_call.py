@@ -169,3 +169,11 @@ def test_another_current_device_goes_the_long_way(
 ) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     assert call._short(torch, tensors(), None, None) is None
+
+
+def test_a_torch_without_a_c_interface_goes_the_long_way(
+    call: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = next(c for c in torch.Tensor.__mro__ if "__dlpack_c_exchange_api__" in c.__dict__)
+    monkeypatch.delattr(owner, "__dlpack_c_exchange_api__")
+    assert call._short(torch, tensors(), None, None) is None and not call.seen
