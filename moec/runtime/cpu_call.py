@@ -1,9 +1,9 @@
 """One function of one block on the CPU: the checks of `call`, by a short way where that is enough.
 
-Plain NumPy arrays and torch tensors that fit take the short way, which asks the same questions
-without building views; whatever is unusual about a call sends it the long way, which also
-explains refusals. A decoding step of a small layer takes some microseconds, and the long way as
-many; so here checks are written out in loops instead of calling functions.
+Plain NumPy arrays that fit take a short way, which asks the same questions without building
+views, and torch tensors that of `direct`; whatever is unusual about a call sends it the long way,
+which also explains refusals. A decoding step of a small layer takes some microseconds, and the
+long way as many; so here checks are written out in loops instead of calling functions.
 """
 
 from __future__ import annotations

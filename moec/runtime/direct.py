@@ -42,7 +42,6 @@ class Direct:
             raise ImportError("this torch has no C interface for its tensors")
         import tvm_ffi
 
-        self.torch = torch
         self._ffi = tvm_ffi
         self._plain = torch.Tensor
         self._int32 = torch.int32
@@ -99,11 +98,12 @@ class Direct:
         tensors = [ctypes.c_void_p(ctypes.addressof(t)) for t in ready.frame.tensors]
         parameters = tensors[len(ready.inputs) : -1 - len(ready.outputs)]
         threads = [value.bits for value in ready.frame.values[len(tensors) :]]
-        return self._wrap(ready.frame.function), tuple(parameters), (tensors[-1], *threads)
+        # A name that no other thread uses: what is prepared belongs to one.
+        function = self._wrap(f"moec.direct.{id(ready)}", ready.frame.function)
+        return function, tuple(parameters), (tensors[-1], *threads)
 
-    def _wrap(self, function: Object) -> Any:
+    def _wrap(self, name: str, function: Object) -> Any:
         """tvm_ffi's object for a function; it makes one of what has a name only."""
-        name = f"moec.direct.{id(self)}.{function.handle}"
         ffi = runtime()
         ffi.name(name, function)
         try:

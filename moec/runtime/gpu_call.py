@@ -4,8 +4,8 @@ A call never waits for the device and allocates only through the caller's librar
 workspace, on its current stream), so it can be captured in a CUDA graph like any operation
 of that library.
 
-Plain torch tensors that fit take a short way, which asks the same questions without building
-views; whatever is unusual about a call sends it the long way, which also explains refusals.
+Plain torch tensors that fit take the short way of `direct`; whatever is unusual about a call sends
+it the long way, which also explains refusals.
 """
 
 from __future__ import annotations
