@@ -73,9 +73,12 @@ class Block:
         }
         kinds = {**NUMPY, "int32": np.int32}
         outputs = {n: np.empty(shapes[n][0], kinds[shapes[n][1]]) for n in entry.outputs}
-        named = {**inputs, **self.parameters}
-        arrays = [*(named[n] for n in (*entry.inputs, *entry.parameters)), *outputs.values()]
-        tensors = [tvm.runtime.tensor(_raw(a), metal) for a in arrays]
+        arrays = [
+            *(inputs[n] for n in entry.inputs),
+            *(_raw(self.parameters[n]) for n in entry.parameters),
+            *outputs.values(),
+        ]
+        tensors = [tvm.runtime.tensor(array, metal) for array in arrays]
         fixed, per_token = entry.workspace
         workspace = tvm.runtime.empty((fixed + per_token * tokens,), "uint8", metal)
         self._module[entry.symbol](*tensors, workspace, 1)
