@@ -14,8 +14,8 @@ are compared with moec's before anything is timed.
 Peers: transformers' experts (eager, grouped_mm, batched_mm), ggml as llama.cpp calls it, ONNX
 Runtime's MoE (float32 only), and OpenVINO (if it is installed) through its GatherMatmul kernels.
 All sides have pages of the same kind, and weights in memory of their own (those of a mapped file
-are read a tenth slower where pages have 4 KB): with `--pages huge` all that malloc and mmap give
-may be on transparent huge pages, with `4k` nothing is. The last part is cpu_small.py.
+are read a tenth to a fifth slower where pages have 4 KB): with `--pages huge` all that malloc and
+mmap give may be on transparent huge pages, with `4k` nothing is. The last part is cpu_small.py.
 """
 
 from __future__ import annotations

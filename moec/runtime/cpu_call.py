@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .call import Call, Forms
-from .direct import REFUSED, Direct
+from .call import Forms, Prepared
+from .direct import DirectCall
 from .pool import use_workers, workspace
 from .tensors import NUMPY_DTYPES, address, torch_kind
 
 
-class CpuCall(Call):
+class CpuCall(DirectCall):
     """A compiled function of one block on the CPU; safe to call from several threads."""
-
-    _torch: Any = None  # the module that `_direct` is for
-    _direct: Direct | None = None
 
     @functools.cached_property
     def _numpy(self) -> Forms:
@@ -39,7 +36,7 @@ class CpuCall(Call):
         if type(args[0]) is np.ndarray:
             done = self._arrays(args, out, schedule)
         elif (torch := sys.modules.get("torch")) is not None and type(args[0]) is torch.Tensor:
-            done = self._tensors(torch, args, out, schedule)
+            done = self._short(torch, args, out, schedule)
         return super().__call__(args, out, schedule) if done is None else done
 
     def _arrays(self, args: Sequence[Any], out: Any, schedule: str | None) -> list[Any] | None:
@@ -80,36 +77,13 @@ class CpuCall(Call):
         self._start(index, tokens, places)
         return made
 
-    def _tensors(
-        self, torch: Any, args: Sequence[Any], out: Any, schedule: str | None
-    ) -> list[Any] | None:
-        """The whole call on torch tensors, or None when it is for the long way."""
-        if self._torch is not torch:
-            self._meet(torch)
-        direct = self._direct
-        if direct is None:
-            return None
-        try:
-            fit = direct.fit(args, out, schedule)
-            if fit is None:
-                return None
-            index, tokens, results = fit
-            ready = self._ready(index)
-            ready.resize(tokens)
-            ready.space.data = workspace(ready.size)
-            use_workers(self._workers)
-            direct.run(ready, args, results)
-        except REFUSED:
-            return None
-        return results
+    def _kind_of(self, torch: Any) -> Any:
+        return torch_kind(torch)
 
-    def _meet(self, torch: Any) -> None:
-        ports, dtypes = (self._inputs, self._outputs), torch_kind(torch).dtypes
-        try:
-            self._direct = Direct(torch, self._choose, ports, dtypes, self._apart)
-        except ImportError:
-            self._direct = None
-        self._torch = torch
+    def _go(self, ready: Prepared, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        ready.space.data = workspace(ready.size)
+        use_workers(self._workers)
+        function(*arguments)
 
     def _into(self, out: Any, tokens: int, places: list[int], index: int) -> list[Any] | None:
         """Run into the caller's output, the last of the places, if it overlaps no input."""

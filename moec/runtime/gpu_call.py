@@ -17,9 +17,9 @@ from typing import Any
 from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
-from .call import Call
-from .direct import REFUSED, Direct
-from .gpu_tensors import ALIGNMENT, torch_kind
+from .call import Prepared
+from .direct import DirectCall
+from .gpu_tensors import ALIGNMENT, GpuKind, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
 from .tensors import View
@@ -27,8 +27,10 @@ from .tensors import View
 _ALIGN = _SLACK = 256  # of the workspace, as its intermediates are aligned within it
 
 
-class GpuCall(Call):
+class GpuCall(DirectCall):
     """A compiled function of one block on `device`; safe to call from several threads."""
+
+    alignment = ALIGNMENT
 
     def __init__(
         self,
@@ -41,9 +43,6 @@ class GpuCall(Call):
     ) -> None:
         super().__init__(name, function, library, parameters, spec, (1, 1))
         self._device = device
-        self._torch: Any = None  # torch as it was when what follows was made of it
-        self._kind: Any = None
-        self._direct: Direct | None = None
         self._current: Any = None  # asks for the current device
 
     def __call__(
@@ -60,37 +59,20 @@ class GpuCall(Call):
         """The whole call, or None when it is for the long way."""
         if self._torch is not torch:
             self._meet(torch)
-        direct = self._direct
-        if direct is None or self._current() != self._device:
+        if self._current() != self._device:
             return None
-        try:
-            fit = direct.fit(args, out, schedule)
-            if fit is None:
-                return None
-            index, tokens, results = fit
-            ready = self._ready(index)
-            ready.resize(tokens)
-            kind = self._kind
-            held, place = kind.take(ready.size + _SLACK, kind.stream())
-            try:
-                ready.space.data = place + -place % _ALIGN
-                direct.run(ready, args, results)  # on torch's current stream
-            finally:
-                kind.give(held)  # see _launch
-        except REFUSED:
-            return None
-        return results
+        return super()._short(torch, args, out, schedule)
 
     def _meet(self, torch: Any) -> None:
-        kind = torch_kind(torch, self._device)
-        ports = self._inputs, self._outputs
-        try:
-            dtypes = kind.dtypes
-            self._direct = Direct(torch, self._choose, ports, dtypes, self._apart, ALIGNMENT)
-        except ImportError:
-            self._direct = None
         self._current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-        self._kind, self._torch = kind, torch
+        super()._meet(torch)
+
+    def _kind_of(self, torch: Any) -> Any:
+        return torch_kind(torch, self._device)
+
+    def _go(self, ready: Prepared, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        # The binding takes torch's current stream by itself.
+        self._with_workspace(ready, self._kind, self._kind.stream(), function, arguments)
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)
@@ -105,11 +87,21 @@ class GpuCall(Call):
         ready = self._ready(index)
         ready.fill(tokens, places)
         stream = kind.stream()
+        cuda.use_stream(self._device, stream)
+        self._with_workspace(ready, kind, stream, ready.call)
+
+    def _with_workspace(
+        self,
+        ready: Prepared,
+        kind: GpuKind,
+        stream: int,
+        function: Callable[..., Any],
+        arguments: Sequence[Any] = (),
+    ) -> None:
         held, place = kind.take(ready.size + _SLACK, stream)
         try:
             ready.space.data = place + -place % _ALIGN
-            cuda.use_stream(self._device, stream)
-            ready.call()
+            function(*arguments)
         finally:
             # The launches may still be waiting. What is given back goes to later work of the
             # same stream only.

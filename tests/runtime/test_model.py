@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import moec.runtime
 from moec.artifact import Verify
 from moec.errors import TargetError, UsageError
 from moec.runtime import Block, Model
+from moec.runtime.call import Call
 from tests.runtime import fake
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -101,6 +104,32 @@ def test_bfloat16_without_a_copy(half: Block, tokens: int) -> None:
     third = half(exported)
     assert isinstance(third, tvm_ffi.Tensor) and str(third.dtype) == "bfloat16"
     assert torch.equal(torch.from_dlpack(third).view(torch.int16), tensor.view(torch.int16))
+
+
+def test_plain_tensors_go_the_short_way(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short way that refuses all would give the same results, in twice the time."""
+    x, ids, weights = inputs(5)
+    want, args = block.experts(x, ids, weights), list(map(torch.from_numpy, (x, ids, weights)))
+    monkeypatch.setattr(Call, "__call__", None)
+    np.testing.assert_array_equal(block.experts(*args).numpy(), want)
+    out = torch.empty_like(args[0])
+    assert block.experts(*args, out=out) is out
+    np.testing.assert_array_equal(out.numpy(), want)
+    np.testing.assert_array_equal(block.experts(x, ids, weights), want)
+    assert [tuple(made.shape) for made in block.route(args[0])] == [(5, fake.K)] * 2
+
+
+def test_first_calls_of_many_threads_at_a_time() -> None:
+    block, many = moec.runtime.load(fake.shared("bfloat16"))[1], 16
+    x = torch.from_numpy(inputs(3)[0]).bfloat16()
+    start = threading.Barrier(many)
+
+    def call(_: int) -> bool:
+        start.wait()
+        return torch.equal(block(x), x)
+
+    with ThreadPoolExecutor(many) as pool:
+        assert all(pool.map(call, range(many)))
 
 
 def test_an_artifact_in_the_place_of_a_loaded_one(tmp_path: Path) -> None:
