@@ -22,7 +22,7 @@ from cpu_layers import LAYERS, write_checkpoint
 import moec
 from moec.artifact import aligned
 from moec.runtime import abi
-from moec.runtime.libraries import Library, runtime
+from moec.runtime.libraries import Library, open_library, runtime
 from moec.runtime.pool import use_workers
 from moec.runtime.tensors import address
 from moec.schedules.cpu import codegen, route, sort
@@ -61,7 +61,7 @@ def routing(folder: Path) -> list[dict[str, Any]]:
         )
         path = folder / f"route{experts}.so"
         codegen.build({k.symbol: k.func for k in kernels}, target, path)
-        library = Library(path)
+        library = open_library(path)
         for tokens in _TOKENS:
             buffers = {"logits": aligned((tokens, experts), "float32")}
             given = np.random.default_rng(0).standard_normal(buffers["logits"].shape)

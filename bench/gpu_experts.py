@@ -32,11 +32,11 @@ class Entries:
         import torch
 
         from moec.runtime import abi, cuda
-        from moec.runtime.libraries import Library, runtime
+        from moec.runtime.libraries import open_library, runtime
 
         cuda.prepare()
         self._torch, self._abi, self._cuda, self._device = torch, abi, cuda, device
-        self._ffi, self._library = runtime(), Library(path)
+        self._ffi, self._library = runtime(), open_library(path)
 
     def bind(self, symbol: str, tensors: list[Any]) -> Any:
         """A function of no arguments that runs `symbol` on the current stream."""

@@ -51,15 +51,14 @@ def optional(package: str, name: str) -> bool:
 
 
 class Library:
-    """A compiled library; functions are looked up by symbol and then kept."""
+    """A compiled library (see `open_library`); functions are looked up by symbol, then kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spelled: str) -> None:
         self._ffi = runtime()
         self._path = path
         self._get = self._ffi.function("ffi.ModuleGetFunction")
-        # Held as long as this value lives: unloading would take the code from under a caller.
         load = self._ffi.function("ffi.ModuleLoadFromFile")
-        self._module = self._ffi.call(load, _spelled(path.resolve()))
+        self._module = self._ffi.call(load, spelled)
         self._functions: dict[str, Object] = {}
 
     def function(self, symbol: str) -> Object:
@@ -78,23 +77,28 @@ class Library:
         return found
 
 
+_Identity = tuple[int, int, int]  # device, inode, time of the last change
 _lock = threading.Lock()
-_seen: dict[Path, list[tuple[int, int, int]]] = {}  # the files that were loaded from a path
+_loaded: dict[Path, dict[_Identity, Library]] = {}
 
 
-def _spelled(path: Path) -> str:
-    """`path`, spelled differently for every file that has been there.
+def open_library(path: Path) -> Library:
+    """The library at `path`, loaded once a process and never unloaded.
 
-    A dynamic linker that has a library of this name takes it for what is there now: the code of
-    an artifact that was compiled again would be that of the one before.
+    The code keeps handles of its first module's kernels in variables of its own: a second module
+    of the same file would call through them when the first is gone, and the process would die.
     """
+    path = path.resolve()
     stat = path.stat()
     identity = stat.st_dev, stat.st_ino, stat.st_mtime_ns
     with _lock:
-        known = _seen.setdefault(path, [])
+        known = _loaded.setdefault(path, {})
         if identity not in known:
-            known.append(identity)
-        return f"{path.parent}/{'./' * known.index(identity)}{path.name}"
+            # The dynamic linker takes a name that it knows for what it loaded by that name: an
+            # artifact that was compiled again is spelled differently.
+            spelled = f"{path.parent}/{'./' * len(known)}{path.name}"
+            known[identity] = Library(path, spelled)
+        return known[identity]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from . import cuda
 from .binding import Binding, Memory
 from .call import Call
 from .devices import RUNNABLE, MakeCall, gpu_number, make_calls, open_device
-from .libraries import Library
+from .libraries import open_library
 from .tensors import view
 
 _MOST_THREADS = 4096
@@ -68,7 +68,7 @@ def load(
     workers = min(parts, host.cores())
     metal = open_device(device)
     try:
-        library = Library(artifact.file(artifact.manifest.targets[name].library))
+        library = open_library(artifact.file(artifact.manifest.targets[name].library))
     except MoecError as error:
         if type(error) is not MoecError:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,18 @@ def test_several_artifacts_in_one_process(folder: Path, swiglu: Case) -> None:
     for _ in range(3):
         assert torch.equal(first, swiglu.block(x)) and torch.equal(second, other.block(x))
     assert (first.float() - second.float()).norm() <= 5e-3 * first.float().norm()
+
+
+def test_an_artifact_that_is_loaded_again(folder: Path) -> None:
+    """As `model = moec.load(path)` twice does: the first is dropped when the second is there."""
+    x = torch.randn(64, 256, device="cuda").bfloat16()
+    layer = json.loads((folder / "portable.json").read_text()).index("swiglu")
+    results = []
+    for _ in range(3):
+        model = moec.load(folder / "portable.moec", device="cuda:0")
+        gc.collect()
+        results.append(model[layer](x))
+    assert all(torch.equal(results[0], result) for result in results)
 
 
 def launches(call: Any) -> int:

@@ -20,6 +20,7 @@ from moec.artifact import Verify
 from moec.errors import TargetError, UsageError
 from moec.runtime import Block, Model
 from moec.runtime.call import Call
+from moec.runtime.libraries import open_library
 from tests.runtime import fake
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -142,6 +143,15 @@ def test_an_artifact_in_the_place_of_a_loaded_one(tmp_path: Path) -> None:
     second = moec.runtime.load(path)
     np.testing.assert_array_equal(second[1](x.astype(BF16)), x.astype(BF16))
     np.testing.assert_array_equal(first[1](x), 2 * x)
+
+
+def test_an_artifact_that_is_loaded_again(tmp_path: Path) -> None:
+    """Its library is loaded once: code with two modules dies with the first (on GPUs)."""
+    library = next((fake.shared() / "lib").iterdir())
+    assert open_library(library) is open_library(library.parent / "." / library.name)
+    copy = tmp_path / library.name
+    shutil.copy(library, copy)
+    assert open_library(copy) is not open_library(library)
 
 
 class Foreign:
