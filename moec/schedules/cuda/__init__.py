@@ -84,27 +84,12 @@ def _plain(spec: MoESpec, target: Target) -> str | None:
     return _any(spec, target)
 
 
-def _unsorted(spec: MoESpec) -> int:
-    """The first T at which rows are sorted: `gather` is faster before.
-
-    It holds 8 tokens. What it saves is launches, some 6 us; but it reads a little slower, and
-    where 8 tokens choose more than 4 GB of weights that is more from two tokens on.
-    """
-    e = spec.experts
-    weights = (2 + e.gated) * e.width * e.intermediate_size * 2  # bytes of an expert
-    return 2 if min(e.num_experts, MAX_TOKENS * e.top_k) * weights > 4e9 else _DECODE
-
-
-def _before_sorting(spec: MoESpec) -> TokenRange:
-    return TokenRange(0, _unsorted(spec))
-
-
 def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
     """From so many rows an expert on: what decides is T * K / E, not T."""
 
     def span(spec: MoESpec) -> TokenRange:
         e = spec.experts
-        return TokenRange(max(_unsorted(spec), round(rows * e.num_experts / e.top_k)))
+        return TokenRange(max(_DECODE, round(rows * e.num_experts / e.top_k)))
 
     return span
 
@@ -143,12 +128,12 @@ SCHEDULES = {
             "gather", "cuda",
             "two launches, no sort: active experts found in the kernels, up to 8 tokens",
             (*_FOLDED, IndexExperts), CudaConfig("decode", few=True), TokenRange(0, _DECODE), True,
-            _decode, _before_sorting,
+            _decode,
         ),
-        _stream(StreamConfig(16, stages=8, once=True), 0.0),
-        _stream(StreamConfig(32, stages=8, once=True), 6.25),
-        _stream(StreamConfig(64, (16, 32, 48, 64), once=True), 12.5, Grid.CLUSTER),
-        _stream(StreamConfig(160, (48, 72, 96, 112, 128, 136, 152, 160), 2), 28.0, Grid.CLUSTER),
+        _stream(StreamConfig(16, depth=2, stages=5), 0.0),
+        _stream(StreamConfig(32, depth=2), 6.25),
+        _stream(StreamConfig(64, (16, 32, 48, 64), depth=2), 17.0, Grid.CLUSTER),
+        _stream(StreamConfig(160, (48, 72, 96, 112, 128, 136, 152, 160), 2), 44.0, Grid.CLUSTER),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(

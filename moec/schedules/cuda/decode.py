@@ -16,11 +16,11 @@ from tvm.script import tirx as T
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
 from .activation import device_function
+from .boxes import CACHE_HINT, EVICT_FIRST, LONG_ROWS, TMA
 from .intrinsics import BARRIER_WAIT, fresh
 from .shapes import Matmul
 
-TMA4 = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-TMA5 = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+TMA4, TMA5 = TMA.format(4) + CACHE_HINT, TMA.format(5) + CACHE_HINT
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 MAX_TOKENS, CHUNK = 8, 64
 SUMS = 4  # tiles that wait for the finishing warp of the first kernel at most
@@ -92,9 +92,9 @@ def gate_up(
         HOUT = T.decl_buffer((NT * K, I), DT, data=h_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if PAIR:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 5, w_p, CHUNK, I, 2, H // CHUNK, E, H * 2, I * H * 2, CHUNK * 2, 2 * I * H * 2, CHUNK, 8, 2, KO, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 5, w_p, CHUNK, I, 2, H // CHUNK, E, H * 2, I * H * 2, CHUNK * 2, 2 * I * H * 2, CHUNK, 8, 2, KO, 1, 1, 1, 1, 1, 1, *LONG_ROWS)
         else:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, I, H // CHUNK, E, H * 2, CHUNK * 2, I * H * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, I, H // CHUNK, E, H * 2, CHUNK * 2, I * H * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, *LONG_ROWS)
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -197,9 +197,9 @@ def gate_up(
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
                         if PAIR:
-                            T.ptx[TMA5](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, 0, c * KO, active[slot], full.ptr_to([stage]))
+                            T.ptx[TMA5](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, 0, c * KO, active[slot], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                         else:
-                            T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, c * KO, active[slot], full.ptr_to([stage]))
+                            T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, c * KO, active[slot], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                         advance()
                     p += sms
         elif wid == NW + 1:
@@ -316,10 +316,10 @@ def down(
         BIASV = T.decl_buffer((E * H,), "float32", data=bias_p)
         Y = T.decl_buffer((NT, H), out, data=y_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, *LONG_ROWS)
         if LAST < 16:
             L_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-            T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, LAST, KO, 1, 1, 1, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, LAST, KO, 1, 1, 1, 1, 1, *LONG_ROWS)
         else:
             L_map = W_map
 
@@ -399,10 +399,10 @@ def down(
                             wait(empty.ptr_to([stage]), phase ^ 1)
                             if ct == NCT - 1:
                                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(LAST * BOX))
-                                T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(L_map), 0, col0 + ct * 16, c * KO, active[j], full.ptr_to([stage]))
+                                T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(L_map), 0, col0 + ct * 16, c * KO, active[j], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                             else:
                                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(16 * BOX))
-                                T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, col0 + ct * 16, c * KO, active[j], full.ptr_to([stage]))
+                                T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, col0 + ct * 16, c * KO, active[j], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                             advance()
         else:
             g = T.meta_var(lane // 4)

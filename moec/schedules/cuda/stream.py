@@ -12,7 +12,7 @@ weights from memory again: DeepSeek-V3 took 1.65 times as long at T = 16384.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.script import tirx as T
 
@@ -20,15 +20,12 @@ from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
+from .boxes import BK, CACHE_HINT, EVICT_FIRST, EVICT_NORMAL, SHORT_ROWS, TMA, weight_box
 from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
 
-_TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
-TMA2, TMA3, TMA5 = _TMA.format(2), _TMA.format(3), _TMA.format(5)
-_HINT = ".L2::cache_hint"
-_EVICT_FIRST = 0x12F0000000000000  # a cache policy, as createpolicy makes it
-BK = 64
+TMA2 = TMA.format(2)
 QUEUE = 4  # tiles that were claimed and are not all heard of yet, at most
 THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
 GATHERING = 96
@@ -41,8 +38,7 @@ class StreamConfig:
 
     `widths`: the N of wgmma for which there is code, ascending up to `rows` (empty: only
     `rows`); a tile takes the narrowest that holds its tokens. `depth` K blocks of 64 a stage,
-    ring `stages` (0: all that fit). `once`: weights leave the L2 first, for where the tokens of
-    an expert are one tile.
+    ring `stages` (0: all that fit).
     """
 
     rows: int = 16
@@ -50,7 +46,6 @@ class StreamConfig:
     blocks: int = 1
     depth: int = 1
     stages: int = 0
-    once: bool = False
 
     def __post_init__(self) -> None:
         widths = self.widths or (self.rows,)
@@ -99,7 +94,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     E, TOPK, K, COLS = shape.experts, shape.top_k, shape.inner, shape.outer
     PAIR, BIAS, DT = shape.gated and FIRST, shape.bias, shape.dtype
     SHORT = "bf16" if DT == "bfloat16" else "f16"
-    N, D, ST, MB, ONCE = config.rows, config.depth, config.ring(), config.blocks, config.once
+    if K % BK:  # boxes of several K blocks need whole ones
+        config = replace(config, depth=1, stages=0)
+    N, D, ST, MB = config.rows, config.depth, config.ring(), config.blocks
     BM = 128 * MB
     NOUT = BM // 2 if PAIR else BM  # outputs of a tile
     WOUT = NOUT // 8  # of a warp
@@ -130,6 +127,11 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
     st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
+    BOXED = weight_box(shape, PAIR, BM, JOIN, D)
+    WEIGHT_TMA = TMA.format(BOXED.rank) + CACHE_HINT
+    # Of weights that one tile needs. Short rows are fetched with their neighbours, which the next
+    # K step loads: those must stay.
+    ALONE = EVICT_FIRST if D > 1 else EVICT_NORMAL
     ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
 
     # fmt: off
@@ -146,12 +148,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         OUT = T.decl_buffer((S, COLS), DT, data=out_p)
         B_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         if not FIRST:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, BOX, 1, 1, 0, 3, 3, 0)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, BOX, 1, 1, *SHORT_ROWS)
         A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        if PAIR:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 5, w_p, K, 8 * JOIN, 2, COLS // (8 * JOIN), E, K * 2, COLS * K * 2, 8 * JOIN * K * 2, 2 * COLS * K * 2, BK, 8 * JOIN, 2, 8 * MB // JOIN, 1, 1, 1, 1, 1, 1, 0, 3, 3, 0)
-        else:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, 3, w_p, K, COLS, E, K * 2, COLS * K * 2, BK, BM, 1, 1, 1, 1, 0, 3, 3, 0)
+        T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, BOXED.rank, w_p, *BOXED.numbers)
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -193,6 +192,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         row0: T.int32
         rows: T.int32
         n: T.int32
+        policy: T.uint64
 
         @T.inline
         def wait(bar, parity):
@@ -231,17 +231,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
 
         @T.inline
         def weights(k):
-            for d in T.unroll(D):
-                if PAIR:
-                    if ONCE:
-                        T.ptx[TMA5 + _HINT](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * (8 * MB // JOIN), e, full.ptr_to([stage]), T.uint64(_EVICT_FIRST))
-                    else:
-                        T.ptx[TMA5](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, 0, 0, n * (8 * MB // JOIN), e, full.ptr_to([stage]))
-                else:
-                    if ONCE:
-                        T.ptx[TMA3 + _HINT](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]), T.uint64(_EVICT_FIRST))
-                    else:
-                        T.ptx[TMA3](As.ptr_to([stage, d, 0, 0]), T.address_of(A_map), (k * D + d) * BK, n * BM, e, full.ptr_to([stage]))
+            T.ptx[WEIGHT_TMA](As.ptr_to([stage, 0, 0, 0]), T.address_of(A_map), *BOXED.at(k, n, e), full.ptr_to([stage]), policy)
 
         if wid == 11:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
@@ -254,6 +244,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 next_row0: T.int32
                 next_rows: T.int32
                 next_n: T.int32
+                next_many: T.int32
 
                 # Blocks claim tiles in their order, so that those that share weights or tokens
                 # start at about the same time and meet in the L2, however long the others took.
@@ -263,10 +254,10 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if tile < total:
                         walk: T.int32 = fresh(TILES, tile // NB * 4 + 3)
                         group: T.int32 = walk // (GROUP * 2)
-                        many: T.int32 = walk % (GROUP * 2)
                         inside: T.int32 = tile - group * NB
-                        next_n = inside // many
-                        m: T.int32 = group + inside - next_n * many
+                        next_many = walk % (GROUP * 2)
+                        next_n = inside // next_many
+                        m: T.int32 = group + inside - next_n * next_many
                         next_e = fresh(TILES, m * 4)
                         next_row0 = fresh(TILES, m * 4 + 1)
                         next_rows = fresh(TILES, m * 4 + 2)
@@ -278,6 +269,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     row0 = next_row0
                     rows = next_rows
                     n = next_n
+                    policy = T.if_then_else(next_many == 1, T.uint64(ALONE), T.uint64(EVICT_NORMAL))
                     boxes = (rows + BOX - 1) // BOX
                     claims[slot, 0] = e
                     claims[slot, 1] = row0
