@@ -17,7 +17,7 @@ import numpy as np
 
 from .call import Forms, Prepared
 from .direct import DirectCall
-from .pool import use_workers, workspace
+from .pool import use_threads_of, use_workers, workspace
 from .tensors import NUMPY_DTYPES, address, torch_kind
 
 
@@ -76,6 +76,10 @@ class CpuCall(DirectCall):
             places.append(address(array))
         self._start(index, tokens, places)
         return made
+
+    def _meet(self, torch: Any) -> None:
+        use_threads_of(torch)
+        super()._meet(torch)
 
     def _kind_of(self, torch: Any) -> Any:
         return torch_kind(torch)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import host
 from ..errors import ArtifactError, TargetError
+from . import openmp
 from .abi import Ffi, Object
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
@@ -98,6 +99,7 @@ def open_library(path: Path) -> Library:
             # artifact that was compiled again is spelled differently.
             spelled = f"{path.parent}/{'./' * len(known)}{path.name}"
             known[identity] = Library(path, spelled)
+            openmp.add(spelled)
         return known[identity]
 
 

@@ -3,7 +3,8 @@
 TVM keeps one pool per calling thread. Left alone it takes half of the cores and pins the
 caller to them; here it gets all cores that the process may use, of which a call uses what
 it asks for, and the caller keeps its affinity. Work is split into `num_threads` chunks
-whatever the size of the pool, so the pool changes no result.
+whatever the size of the pool, so the pool changes no result. Where torch works in the process,
+calls run on the threads of its OpenMP runtime instead (see openmp).
 
 An idle worker yields _SPINS times before it sleeps, and cannot be ended sooner. TVM's own
 300 000 yields take 0.1 s where nothing else runs, but minutes on a machine with other work,
@@ -19,12 +20,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from .. import host
 from ..artifact import ALIGNMENT
 from ..errors import ResourceError
+from . import openmp
 from .libraries import backend, runtime
 from .tensors import address
 
@@ -42,7 +45,7 @@ _TASKS, _PENDING = 8, 20
 
 
 class _ThreadState(threading.local):
-    count = 0  # threads that the last call on this thread used
+    count = 0  # threads that the last call on this thread used, with _mode
     cores = 0  # threads that the pool has, 0 before it exists
     pool = 0  # threads that the pool is configured to use
     serial = False  # a forked child whose workers could not be renewed
@@ -53,6 +56,8 @@ class _ThreadState(threading.local):
 
 
 _state = _ThreadState()
+_OPENMP = 1 << 20  # added to the count of threads that the last call used, if they were torch's
+_mode = 0  # _OPENMP once loops run on torch's threads
 
 
 def workspace(size: int) -> int:
@@ -78,13 +83,24 @@ def use_workers(count: int) -> None:
 
     `count` must not exceed the cores that this process may use. With 1, no pool is made.
     """
-    if _state.count != count:
+    wanted = count + _mode
+    if _state.count != wanted:
         _switch(count)
-        _state.count = count
+        _state.count = wanted
+
+
+def use_threads_of(torch: Any) -> None:
+    """Let all calls from now on run on the threads of torch's OpenMP runtime, if it has one."""
+    global _mode
+    if not _mode and openmp.share(torch):
+        _mode = _OPENMP
 
 
 def _switch(count: int) -> None:
     state = _state
+    if _mode:
+        openmp.workers()(count)
+        return
     if state.serial:
         return
     if count == 1:
@@ -207,7 +223,11 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     """The child's workers are gone: make new ones, or let its one thread work alone."""
+    global _mode
     state = _state
+    if _mode:  # torch's threads are gone as well, and its runtime would wait for them
+        openmp.leave()
+        _mode = state.count = 0
     if state.cores <= 1:
         return
     if state.held:

@@ -76,6 +76,10 @@ import os, sys, threading, time
 import numpy as np, moec.runtime
 block = moec.runtime.load(sys.argv[1])[1]
 x = np.ones((64, 8), "f4")
+if sys.argv[4:] == ["torch"]:
+    import torch
+    x = torch.from_numpy(x)
+    x @ x.T
 assert (block(x) == 2).all()
 time.sleep(float(sys.argv[2]))  # workers spin for a while, then they sleep
 pid = os.fork()
@@ -97,6 +101,45 @@ print(code)
 @pytest.mark.parametrize("pause", ["0", "1.5"])
 def test_a_forked_child_goes_on_and_ends(pause: str, use: str) -> None:
     assert run(FORK, str(fake.shared()), pause, use).strip() == "0"
+
+
+def test_a_child_of_a_process_in_which_torch_works() -> None:
+    """The threads of torch's OpenMP runtime, on which the parent's loops ran, are gone there."""
+    pytest.importorskip("torch")
+    assert run(FORK, str(fake.shared()), "0", "use", "torch").strip() == "0"
+
+
+TORCH = """
+import os, sys
+import numpy as np, moec.runtime, torch
+from moec import host
+from moec.runtime import openmp
+assert not openmp.share(torch)  # no library is there that could
+torch.set_num_threads(int(sys.argv[2]) * host.cores())
+x = torch.randn(600, 600)
+for _ in range(3):
+    x @ x
+before = set(os.listdir("/proc/self/task"))
+block = moec.runtime.load(sys.argv[1])[1]
+x = torch.randn(64, 8)
+for threads in (host.cores(), 1):
+    block = moec.runtime.load(sys.argv[1], threads=threads)[1]
+    assert torch.equal(block(x), 2 * x)
+assert np.array_equal(block(x.numpy()), 2 * x.numpy())
+print(openmp.workers() is not None, set(os.listdir("/proc/self/task")) == before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there torch's threads are shared")
+def test_loops_run_on_the_threads_of_torch() -> None:
+    pytest.importorskip("torch")
+    assert run(TORCH, str(fake.shared()), "1").strip() == "True True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there torch's threads are shared")
+def test_more_threads_of_torch_than_cores_are_not_shared() -> None:
+    pytest.importorskip("torch")
+    assert run(TORCH, str(fake.shared()), "3").split()[0] == "False"
 
 
 def test_a_process_ends_while_others_keep_every_core_busy() -> None:

@@ -17,6 +17,7 @@ from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 
 from ...errors import TargetError
 from ...target import Target
+from . import launcher
 from .isa import ISAS
 
 # A linker by the architecture that it links for; the system's own compiler links for itself.
@@ -76,13 +77,27 @@ def build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
     linker = find_linker(target)
     module = compile_module(functions, target)
     try:
-        module.export_library(str(path), cc=linker, options=["-s"])
+        link(module, path, linker)
     except (RuntimeError, OSError) as error:
         raise TargetError(
             f"linking for {target.name} failed: {_last_words(str(error))}",
             where=linker,
             need="a C compiler that links shared libraries",
         ) from None
+
+
+def link(module: Any, path: Path, linker: str) -> None:
+    """Write the shared library of a compiled module, and the launcher of its loops with it.
+
+    Raises RuntimeError or OSError where the linker fails.
+    """
+    source = path.with_suffix(".c")
+    source.write_text(launcher.SOURCE)
+    try:
+        options = ["-s", "-O2", "-fvisibility=hidden", str(source)]
+        module.export_library(str(path), cc=linker, options=options)
+    finally:
+        source.unlink()
 
 
 def _last_words(text: str) -> str:

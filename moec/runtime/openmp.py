@@ -1,0 +1,108 @@
+"""Parallel loops of CPU libraries on the threads of torch's OpenMP runtime, if it has one.
+
+Idle threads of torch's spin for milliseconds after each of its operations; those of a pool of
+our own would share the cores with them (see moec.schedules.cpu.launcher). The OpenMP runtime is
+found among the libraries of the process, never loaded. Where there is none, in a child after
+fork, whose threads are gone, and for artifacts without a launcher TVM's pool is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import Any
+
+from .. import host
+
+_FUNCTIONS = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads"
+_LAUNCHER = "__TVMBackendParallelLaunch"  # what compiled code calls: a variable of each library
+
+
+class _Shared:
+    """What the process knows: its libraries, and whose threads their loops run on."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.libraries: list[ctypes.CDLL] = []
+        self.workers: Any = None  # sets the threads of the calling thread's loops, once shared
+        self.launch = 0
+        self.before: dict[int, int] = {}  # TVM's launcher, by the variable that held it
+        self.forked = False
+
+
+_shared = _Shared()
+
+
+def add(path: str) -> None:
+    """Take note of a loaded library; `path` is spelled as it was loaded."""
+    try:
+        library = ctypes.CDLL(path)
+    except OSError:  # code for a GPU may name what only its driver has; it has no loops
+        return
+    with _shared.lock:
+        _shared.libraries.append(library)
+        if _shared.launch:
+            _redirect(library)
+
+
+def share(torch: Any) -> bool:
+    """Run the loops of all libraries on torch's threads from now on; whether they are."""
+    with _shared.lock:
+        if _shared.launch or _shared.forked:
+            return bool(_shared.launch)
+        runtime = _runtime(torch)
+        own = next((x for x in _shared.libraries if hasattr(x, "moec_omp_launch")), None)
+        # More threads than cores (of a container, say) would all take turns in our loops.
+        if runtime is None or own is None or runtime.omp_get_max_threads() > host.cores():
+            return False
+        own.moec_omp_setup(*(_address(runtime, name) for name in _FUNCTIONS))
+        _shared.workers = own.moec_omp_workers
+        _shared.launch = _address(own, "moec_omp_launch").value or 0
+        for library in _shared.libraries:
+            _redirect(library)
+    return True
+
+
+def workers() -> Any:
+    """The function that sets the threads of the calling thread's loops, or None."""
+    return _shared.workers
+
+
+def leave() -> None:
+    """Back to TVM's pool, in a forked child."""
+    for place, launcher in _shared.before.items():
+        ctypes.c_void_p.from_address(place).value = launcher
+    _shared.lock = threading.Lock()  # another thread of the parent may have held it
+    _shared.before, _shared.launch, _shared.workers = {}, 0, None
+    _shared.forked = True
+
+
+def _redirect(library: ctypes.CDLL) -> None:
+    try:
+        variable = ctypes.c_void_p.in_dll(library, _LAUNCHER)
+    except ValueError:
+        return  # a library without parallel loops
+    place = ctypes.addressof(variable)
+    if variable.value and place not in _shared.before:
+        _shared.before[place] = variable.value
+        variable.value = _shared.launch
+
+
+def _address(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p)
+
+
+def _runtime(torch: Any) -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch uses: the only one in the process, or the one beside it."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line}
+    beside = {path for path in paths if Path(path).is_relative_to(Path(torch.__file__).parent)}
+    found = beside if len(paths) > 1 else paths
+    if len(found) != 1:
+        return None
+    library = ctypes.CDLL(found.pop())
+    return library if all(hasattr(library, name) for name in _FUNCTIONS) else None
