@@ -2,8 +2,10 @@
 
 Idle threads of torch's spin for milliseconds after each of its operations; those of a pool of
 our own would share the cores with them (see moec.schedules.cpu.launcher). The OpenMP runtime is
-found among the libraries of the process, never loaded. Where there is none, in a child after
-fork, whose threads are gone, and for artifacts without a launcher TVM's pool is used.
+found among the libraries of the process, never loaded. TVM's pool is used where there is none,
+for artifacts without a launcher, in a child after fork, where the threads are gone, and by all
+threads but the main one: in those GNU's runtime lets its own hardly spin, so that they disturb
+nobody, but take 50 us to wake up for each loop.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def add(path: str) -> None:
 
 
 def share(torch: Any) -> bool:
-    """Run the loops of all libraries on torch's threads from now on; whether they are."""
+    """Let loops run on torch's threads, for threads that call `workers()`; whether they can."""
     with _shared.lock:
         if _shared.launch or _shared.forked:
             return bool(_shared.launch)
@@ -56,7 +58,8 @@ def share(torch: Any) -> bool:
         # More threads than cores (of a container, say) would all take turns in our loops.
         if runtime is None or own is None or runtime.omp_get_max_threads() > host.cores():
             return False
-        own.moec_omp_setup(*(_address(runtime, name) for name in _FUNCTIONS))
+        before = ctypes.c_void_p.in_dll(own, _LAUNCHER)
+        own.moec_omp_setup(*(_address(runtime, name) for name in _FUNCTIONS), before)
         _shared.workers = own.moec_omp_workers
         _shared.launch = _address(own, "moec_omp_launch").value or 0
         for library in _shared.libraries:
@@ -65,7 +68,7 @@ def share(torch: Any) -> bool:
 
 
 def workers() -> Any:
-    """The function that sets the threads of the calling thread's loops, or None."""
+    """The function by which a thread says how many of torch's its loops run on, or None."""
     return _shared.workers
 
 

@@ -4,7 +4,7 @@ TVM keeps one pool per calling thread. Left alone it takes half of the cores and
 caller to them; here it gets all cores that the process may use, of which a call uses what
 it asks for, and the caller keeps its affinity. Work is split into `num_threads` chunks
 whatever the size of the pool, so the pool changes no result. Where torch works in the process,
-calls run on the threads of its OpenMP runtime instead (see openmp).
+the main thread's calls run on those of its OpenMP runtime instead (see openmp).
 
 An idle worker yields _SPINS times before it sleeps, and cannot be ended sooner. TVM's own
 300 000 yields take 0.1 s where nothing else runs, but minutes on a machine with other work,
@@ -57,7 +57,7 @@ class _ThreadState(threading.local):
 
 _state = _ThreadState()
 _OPENMP = 1 << 20  # added to the count of threads that the last call used, if they were torch's
-_mode = 0  # _OPENMP once loops run on torch's threads
+_mode = 0  # _OPENMP once the main thread's loops run on torch's threads
 
 
 def workspace(size: int) -> int:
@@ -90,7 +90,7 @@ def use_workers(count: int) -> None:
 
 
 def use_threads_of(torch: Any) -> None:
-    """Let all calls from now on run on the threads of torch's OpenMP runtime, if it has one."""
+    """Let the main thread's calls run on the threads of torch's OpenMP runtime, if it has one."""
     global _mode
     if not _mode and openmp.share(torch):
         _mode = _OPENMP
@@ -98,7 +98,7 @@ def use_threads_of(torch: Any) -> None:
 
 def _switch(count: int) -> None:
     state = _state
-    if _mode:
+    if _mode and threading.current_thread() is threading.main_thread():
         openmp.workers()(count)
         return
     if state.serial:
