@@ -73,7 +73,7 @@ def workers() -> Any:
 
 
 def leave() -> None:
-    """Back to TVM's pool, in a forked child."""
+    """Back to TVM's pool for good, in a forked child."""
     for place, launcher in _shared.before.items():
         ctypes.c_void_p.from_address(place).value = launcher
     _shared.lock = threading.Lock()  # another thread of the parent may have held it

@@ -225,8 +225,10 @@ def _after_fork_in_child() -> None:
     """The child's workers are gone: make new ones, or let its one thread work alone."""
     global _mode
     state = _state
-    if _mode:  # torch's threads are gone as well, and its runtime would wait for them
-        openmp.leave()
+    # Threads that torch's runtime had are gone as well, and it would wait for them for ever,
+    # also where calls begin to use it in the child.
+    openmp.leave()
+    if _mode:
         _mode = state.count = 0
     if state.cores <= 1:
         return

@@ -76,14 +76,18 @@ import os, sys, threading, time
 import numpy as np, moec.runtime
 block = moec.runtime.load(sys.argv[1])[1]
 x = np.ones((64, 8), "f4")
-if sys.argv[4:] == ["torch"]:
+if sys.argv[4:]:
     import torch
-    x = torch.from_numpy(x)
-    x @ x.T
+    big = torch.ones(600, 600)
+    big @ big
+    if sys.argv[4] == "parent":  # that calls with tensors; else only the child does
+        assert (block(torch.from_numpy(x)) == 2).all()
 assert (block(x) == 2).all()
 time.sleep(float(sys.argv[2]))  # workers spin for a while, then they sleep
 pid = os.fork()
 if pid == 0:
+    if sys.argv[4:]:
+        x = torch.from_numpy(x)
     ok = [bool((block(x) == 2).all()) for _ in range(3)] if sys.argv[3] == "use" else []
     other = []
     for _ in range(4):
@@ -103,10 +107,11 @@ def test_a_forked_child_goes_on_and_ends(pause: str, use: str) -> None:
     assert run(FORK, str(fake.shared()), pause, use).strip() == "0"
 
 
-def test_a_child_of_a_process_in_which_torch_works() -> None:
-    """The threads of torch's OpenMP runtime, on which the parent's loops ran, are gone there."""
+@pytest.mark.parametrize("who", ["parent", "child"])
+def test_a_child_of_a_process_in_which_torch_works(who: str) -> None:
+    """The threads of torch's OpenMP runtime are gone there, and it would wait for them."""
     pytest.importorskip("torch")
-    assert run(FORK, str(fake.shared()), "0", "use", "torch").strip() == "0"
+    assert run(FORK, str(fake.shared()), "0", "use", who).strip() == "0"
 
 
 TORCH = """
