@@ -177,6 +177,8 @@ def main() -> None:
         begin = time.time()
         shape = SHAPES[name]
         chosen = [v for v in shipped(shape) if re.search(options.variants, v.name)]
+        if not chosen:
+            parser.error(f"{name} has no variant that matches {options.variants!r}")
         if options.wide:
             chosen = [replace(v, low=1, high=v.high if v.high <= 9 else 1 << 30) for v in chosen]
         index[name] = build(shape, chosen, options.out / f"{name}.so", options.prefixes)

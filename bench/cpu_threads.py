@@ -29,7 +29,7 @@ _LAYER = (32, 4, 1024, 512)  # E, K, H, I
 _TOKENS = (1, 16, 128)
 
 
-def _alone(calls: list[Callable[[], Any]], seconds: float) -> list[float]:
+def _in_turns(calls: list[Callable[[], Any]], seconds: float) -> list[float]:
     """Medians, in milliseconds, of calls that take turns."""
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
@@ -92,8 +92,8 @@ def main() -> None:
                 return single(x)
 
             block(), alone(), matmul()
-            (own,), (other,) = _alone([block], seconds), _alone([matmul], seconds)
-            mixed, other_mixed = _alone([block, matmul], seconds)
+            (own,), (other,) = _in_turns([block], seconds), _in_turns([matmul], seconds)
+            mixed, other_mixed = _in_turns([block, matmul], seconds)
             print(
                 f"T = {tokens:3}  block alone {own:6.3f}  in turns {mixed:6.3f} "
                 f"({mixed / own:4.2f})   matmul alone {other:6.3f}  in turns {other_mixed:6.3f} "

@@ -2,10 +2,10 @@
 
 Idle threads of torch's spin for milliseconds after each of its operations; those of a pool of
 our own would share the cores with them (see moec.schedules.cpu.launcher). The OpenMP runtime is
-found among the libraries of the process, never loaded. TVM's pool is used where there is none,
-for artifacts without a launcher, in a child after fork, where the threads are gone, and by all
-threads but the main one: in those GNU's runtime lets its own hardly spin, so that they disturb
-nobody, but take 50 us to wake up for each loop.
+found among the libraries of the process, never loaded. TVM's pool is used where there is none or
+no library has a launcher, in a child after fork, where the threads are gone, and by all threads
+but the main one: in those GNU's runtime lets its own hardly spin, so that they disturb nobody,
+but take some 50 us to wake up for each loop.
 """
 
 from __future__ import annotations

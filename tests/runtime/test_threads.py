@@ -71,6 +71,8 @@ def test_the_caller_keeps_its_cores() -> None:
     assert out.strip() == "True"
 
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only there torch's threads are shared")
+
 FORK = """
 import os, sys, threading, time
 import numpy as np, moec.runtime
@@ -115,7 +117,7 @@ def test_a_child_of_a_process_in_which_torch_works(who: str) -> None:
 
 
 TORCH = """
-import os, sys
+import os, sys, time
 import numpy as np, moec.runtime, torch
 from moec import host
 from moec.runtime import openmp
@@ -131,17 +133,20 @@ for threads in (host.cores(), 1):
     block = moec.runtime.load(sys.argv[1], threads=threads)[1]
     assert torch.equal(block(x), 2 * x)
 assert np.array_equal(block(x.numpy()), 2 * x.numpy())
-print(openmp.workers() is not None, set(os.listdir("/proc/self/task")) == before)
+end = time.monotonic() + 10  # threads that have ended are listed for a moment
+while set(os.listdir("/proc/self/task")) - before and time.monotonic() < end:
+    time.sleep(0.01)
+print(openmp.workers() is not None, not set(os.listdir("/proc/self/task")) - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there torch's threads are shared")
+@LINUX
 def test_loops_run_on_the_threads_of_torch() -> None:
     pytest.importorskip("torch")
     assert run(TORCH, str(fake.shared()), "1").strip() == "True True"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there torch's threads are shared")
+@LINUX
 def test_more_threads_of_torch_than_cores_are_not_shared() -> None:
     pytest.importorskip("torch")
     assert run(TORCH, str(fake.shared()), "3").split()[0] == "False"

@@ -1,4 +1,4 @@
-"""What the boxes of the grouped matmuls contain, worked out as the TMA unit does."""
+"""What the boxes of the expert matmuls contain, worked out as the TMA unit does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moec.schedules.cuda.boxes import BK, Box, weight_box
+from moec.schedules.cuda.boxes import BK, Box, row_box, tile_box
 from moec.schedules.cuda.shapes import Matmul
 
 EXPERTS = 3
@@ -38,7 +38,7 @@ def test_boxes_hold_the_rows_of_their_tile(
     shape = Matmul(EXPERTS, 2, inner, cols, pair, False, "bfloat16")
     rows = 128 * blocks
     join = blocks if not pair or cols % (8 * blocks) == 0 else 1
-    box = weight_box(shape, pair, rows, join, depth)
+    box = tile_box(shape, pair, rows, join, depth)
     outputs = rows // 2 if pair else rows
     weight_rows = cols * (2 if pair else 1)
     row = np.arange(rows)
@@ -57,3 +57,18 @@ def test_boxes_hold_the_rows_of_their_tile(
         want = np.where(column < inner, want, -1)
         valid = np.broadcast_to(output < cols, got.shape)
         np.testing.assert_array_equal(got[valid], np.broadcast_to(want, got.shape)[valid])
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("pair", [True, False])
+def test_boxes_hold_the_rows_that_follow_a_row(pair: bool, rows: int) -> None:
+    inner, cols, depth = 384, 40, 3
+    box = row_box(Matmul(EXPERTS, 2, inner, cols, pair, False, "bfloat16"), pair, rows, depth)
+    halves = 2 if pair else 1
+    for e, first, k in itertools.product(range(EXPERTS), (0, 7, 24, 32), range(2)):
+        got = copied(box, box.at(k, first, e)).reshape(depth, halves, rows, BK)
+        column = (k * depth + np.arange(depth))[:, None, None, None] * BK + np.arange(BK)
+        half = np.arange(halves)[:, None, None]
+        row = first + np.arange(rows)[:, None]
+        want = ((e * halves + half) * cols + row) * inner + column
+        np.testing.assert_array_equal(got, np.where(row < cols, want, -1))

@@ -8,8 +8,6 @@ the OpenMP runtime that it finds in the process, and says which thread's loops u
 is linked.
 """
 
-LAUNCH, SETUP, WORKERS = "moec_omp_launch", "moec_omp_setup", "moec_omp_workers"
-
 # What TVM's code generation passes: int task(int number, struct {void*; int32_t tasks}*, void*).
 SOURCE = r"""
 #define EXPORT __attribute__((visibility("default")))

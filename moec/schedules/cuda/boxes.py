@@ -1,4 +1,4 @@
-"""Tensor maps of the grouped matmuls: which boxes of a weight the TMA unit copies, and how.
+"""Tensor maps of the expert matmuls: which boxes of a weight the TMA unit copies, and how.
 
 The longer the rows of a box, the faster the memory: a kernel that only reads takes 16 rows of
 1 KB at 4.57 TB/s on an H200, 128 rows of 256 bytes at 4.51 and of 128 bytes at 4.38.
@@ -28,31 +28,39 @@ LONG_ROWS = (0, 3, 0, 0)
 
 @dataclass(frozen=True)
 class Box:
-    """The box of a tile's K step: sizes and strides of the map, and where the box lies.
+    """The boxes of a weight: the tensor map over it, and where each of them lies.
 
-    `steps`: for each dimension, innermost first, what a K step, a tile of an expert's weight
-    and an expert add to the coordinate. `numbers` are those that cuTensorMapEncodeTiled takes
-    after the address: dimensions, strides in bytes (but the first), box, element strides, modes.
+    `dims`, `strides` (bytes, from the second dimension on) and `box` go from the innermost
+    dimension outwards, and so do `steps`: what a K step, a place among the rows of an expert (a
+    tile's number, or a row) and an expert add to the coordinate. `modes`: SHORT_ROWS, LONG_ROWS.
     """
 
-    numbers: tuple[int, ...]
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
     steps: tuple[tuple[int, int, int], ...]
+    modes: tuple[int, ...] = LONG_ROWS
 
     @property
     def rank(self) -> int:
         """Dimensions of the map."""
-        return len(self.steps)
+        return len(self.dims)
 
-    def at(self, k: Any, n: Any, e: Any) -> tuple[Any, ...]:
-        """Coordinates of K step k of tile n of expert e."""
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What cuTensorMapEncodeTiled takes after the address; element strides are 1."""
+        return (*self.dims, *self.strides, *self.box, *(1,) * self.rank, *self.modes)
+
+    def at(self, k: Any, place: Any, e: Any) -> tuple[Any, ...]:
+        """Coordinates of the box of a K step, a place and an expert."""
         return tuple(
-            sum((value * step for value, step in zip((k, n, e), own, strict=True) if step), 0)
+            sum((value * step for value, step in zip((k, place, e), own, strict=True) if step), 0)
             for own in self.steps
         )
 
 
-def weight_box(shape: Matmul, pair: bool, rows: int, join: int, depth: int) -> Box:
-    """Tiles of `rows` rows of the canonical weight by `depth` K blocks, one after another.
+def tile_box(shape: Matmul, pair: bool, rows: int, join: int, depth: int) -> Box:
+    """Tiles of `rows` rows by `depth` K blocks, one after another; places are numbers of tiles.
 
     `pair`: the tile holds 8 * `join` gate rows, the up rows that belong to them, the next gate
     rows and so on. A depth of more than one needs a K that is a multiple of BK.
@@ -61,7 +69,7 @@ def weight_box(shape: Matmul, pair: bool, rows: int, join: int, depth: int) -> B
     row, group = K * 2, 8 * join
     taken = rows // (2 * group)  # groups of a tile
     if depth == 1 and pair:
-        return _box(
+        return Box(
             (K, group, 2, cols // group, E),
             (row, cols * row, group * row, 2 * cols * row),
             (BK, group, 2, taken, 1),
@@ -69,31 +77,39 @@ def weight_box(shape: Matmul, pair: bool, rows: int, join: int, depth: int) -> B
             SHORT_ROWS,
         )
     if depth == 1:
-        return _box(
+        return Box(
             (K, cols, E), (row, cols * row), (BK, rows, 1),
             ((BK, 0, 0), (0, rows, 0), (0, 0, 1)), SHORT_ROWS,
         )  # fmt: skip
     if pair:
         # A map has five dimensions at most: the groups of all experts are one. A tile past the
         # end of the gate rows loads rows that nothing reads.
-        return _box(
+        return Box(
             (BK, group, 2, (2 * E - 1) * (cols // group), K // BK),
             (row, cols * row, group * row, BK * 2),
             (BK, group, 2, taken, depth),
             ((0, 0, 0), (0, 0, 0), (0, 0, 0), (0, taken, 2 * cols // group), (depth, 0, 0)),
-            LONG_ROWS,
         )
-    return _box(
+    return Box(
         (BK, cols, K // BK, E), (row, BK * 2, cols * row), (BK, rows, depth, 1),
-        ((0, 0, 0), (0, rows, 0), (depth, 0, 0), (0, 0, 1)), LONG_ROWS,
+        ((0, 0, 0), (0, rows, 0), (depth, 0, 0), (0, 0, 1)),
     )  # fmt: skip
 
 
-def _box(
-    dims: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-    steps: tuple[tuple[int, int, int], ...],
-    modes: tuple[int, ...],
-) -> Box:
-    return Box((*dims, *strides, *box, *(1,) * len(dims), *modes), steps)
+def row_box(shape: Matmul, pair: bool, rows: int, depth: int) -> Box:
+    """`rows` rows (`pair`: as many gate rows, then their up rows) by `depth` K blocks.
+
+    The blocks lie one after another; places are rows. K is a multiple of BK.
+    """
+    E, K, cols = shape.experts, shape.inner, shape.outer
+    row = K * 2
+    if pair:
+        return Box(
+            (BK, cols, 2, K // BK, E), (row, cols * row, BK * 2, 2 * cols * row),
+            (BK, rows, 2, depth, 1),
+            ((0, 0, 0), (0, 1, 0), (0, 0, 0), (depth, 0, 0), (0, 0, 1)),
+        )  # fmt: skip
+    return Box(
+        (BK, cols, K // BK, E), (row, BK * 2, cols * row), (BK, rows, depth, 1),
+        ((0, 0, 0), (0, 1, 0), (depth, 0, 0), (0, 0, 1)),
+    )  # fmt: skip

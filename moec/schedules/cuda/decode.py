@@ -16,13 +16,12 @@ from tvm.script import tirx as T
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
 from .activation import device_function
-from .boxes import CACHE_HINT, EVICT_FIRST, LONG_ROWS, TMA
+from .boxes import BK, CACHE_HINT, EVICT_FIRST, TMA, row_box
 from .intrinsics import BARRIER_WAIT, fresh
 from .shapes import Matmul
 
-TMA4, TMA5 = TMA.format(4) + CACHE_HINT, TMA.format(5) + CACHE_HINT
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
-MAX_TOKENS, CHUNK = 8, 64
+MAX_TOKENS, CHUNK = 8, BK
 SUMS = 4  # tiles that wait for the finishing warp of the first kernel at most
 
 
@@ -78,6 +77,8 @@ def gate_up(
     NA = min(E, MAX_TOKENS * K)
     WROWS = I * HALVES
     TX = KO * 16 * CHUNK * 2
+    BOX = row_box(shape, PAIR, OUT, KO)
+    LOAD = TMA.format(BOX.rank) + CACHE_HINT
     MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{SHORT}.{SHORT}.f32"
     ACT, ACT_SRC = device_function(act, PAIR)
 
@@ -91,10 +92,7 @@ def gate_up(
         BIASV = T.decl_buffer((E * WROWS,), "float32", data=bias_p)
         HOUT = T.decl_buffer((NT * K, I), DT, data=h_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        if PAIR:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 5, w_p, CHUNK, I, 2, H // CHUNK, E, H * 2, I * H * 2, CHUNK * 2, 2 * I * H * 2, CHUNK, 8, 2, KO, 1, 1, 1, 1, 1, 1, *LONG_ROWS)
-        else:
-            T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, I, H // CHUNK, E, H * 2, CHUNK * 2, I * H * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, *LONG_ROWS)
+        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, BOX.rank, w_p, *BOX.numbers)
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -196,10 +194,7 @@ def gate_up(
                     for c in T.serial(NCH):
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
-                        if PAIR:
-                            T.ptx[TMA5](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, 0, c * KO, active[slot], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
-                        else:
-                            T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, i0, c * KO, active[slot], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+                        T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *BOX.at(c, i0, active[slot]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                         advance()
                     p += sms
         elif wid == NW + 1:
@@ -300,7 +295,9 @@ def down(
     LAST = 8 if MOST - (NCT - 1) * 16 <= 8 else 16
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
     NA = min(E, MAX_TOKENS * K)
-    BOX = KO * CHUNK * 2  # bytes of a row of a box
+    WHOLE, REST = row_box(shape, False, 16, KO), row_box(shape, False, LAST, KO)
+    LOAD = TMA.format(WHOLE.rank) + CACHE_HINT
+    LENGTH = KO * CHUNK * 2  # bytes of a row of a box
     FW = max(NCT, 1)
     MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{SHORT}.{SHORT}.f32"
     SCALED = scale != 1.0
@@ -316,10 +313,10 @@ def down(
         BIASV = T.decl_buffer((E * H,), "float32", data=bias_p)
         Y = T.decl_buffer((NT, H), out, data=y_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, 16, KO, 1, 1, 1, 1, 1, *LONG_ROWS)
+        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, WHOLE.rank, w_p, *WHOLE.numbers)
         if LAST < 16:
             L_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-            T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, 4, w_p, CHUNK, H, I // CHUNK, E, I * 2, CHUNK * 2, H * I * 2, CHUNK, LAST, KO, 1, 1, 1, 1, 1, *LONG_ROWS)
+            T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, REST.rank, w_p, *REST.numbers)
         else:
             L_map = W_map
 
@@ -398,11 +395,11 @@ def down(
                         for ct in T.unroll(NCT):
                             wait(empty.ptr_to([stage]), phase ^ 1)
                             if ct == NCT - 1:
-                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(LAST * BOX))
-                                T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(L_map), 0, col0 + ct * 16, c * KO, active[j], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(LAST * LENGTH))
+                                T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(L_map), *WHOLE.at(c, col0 + ct * 16, active[j]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                             else:
-                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(16 * BOX))
-                                T.ptx[TMA4](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), 0, col0 + ct * 16, c * KO, active[j], full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(16 * LENGTH))
+                                T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *WHOLE.at(c, col0 + ct * 16, active[j]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                             advance()
         else:
             g = T.meta_var(lane // 4)

@@ -20,7 +20,7 @@ from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
-from .boxes import BK, CACHE_HINT, EVICT_FIRST, EVICT_NORMAL, SHORT_ROWS, TMA, weight_box
+from .boxes import BK, CACHE_HINT, EVICT_FIRST, EVICT_NORMAL, SHORT_ROWS, TMA, tile_box
 from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
@@ -37,8 +37,8 @@ class StreamConfig:
     """Tiles of 128 * `blocks` weight rows by up to `rows` tokens.
 
     `widths`: the N of wgmma for which there is code, ascending up to `rows` (empty: only
-    `rows`); a tile takes the narrowest that holds its tokens. `depth` K blocks of 64 a stage,
-    ring `stages` (0: all that fit).
+    `rows`); a tile takes the narrowest that holds its tokens. `depth` K blocks of 64 a stage (1
+    where they do not divide K), ring `stages` (0: all that fit).
     """
 
     rows: int = 16
@@ -127,7 +127,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
     st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
-    BOXED = weight_box(shape, PAIR, BM, JOIN, D)
+    BOXED = tile_box(shape, PAIR, BM, JOIN, D)
     WEIGHT_TMA = TMA.format(BOXED.rank) + CACHE_HINT
     # Of weights that one tile needs. Short rows are fetched with their neighbours, which the next
     # K step loads: those must stay.
