@@ -19,7 +19,9 @@ import tvm_ffi
 
 from moec.compiler import pack
 from moec.schedules.cpu import BACKEND
-from moec.schedules.cpu.codegen import compile_module, find_linker
+from moec.schedules import calls
+from moec.schedules.cpu.codegen import compile_module
+from moec.schedules.linking import find_linker
 from moec.target import Target
 
 
@@ -43,7 +45,18 @@ class Objects:
             for name in sorted(called)
             if name.partition(".")[0] in functions
         ]
+        files.append(self._calls(linker))
         subprocess.run([linker, "-shared", "-s", "-o", path, *names, *files], check=True)
+
+    def _calls(self, linker: str) -> Path:
+        """The object file of how a library is called."""
+        file = self.folder / f"{linker}.o"
+        if not file.exists():
+            source = file.with_suffix(".c")
+            source.write_text(calls.SOURCE)
+            options = "-c", "-O2", "-fPIC", "-fvisibility=hidden"
+            subprocess.run([linker, *options, "-o", file, source], check=True)
+        return file
 
     def module(self, functions: Mapping[str, Any], target: Target) -> Any:
         """What codegen.compile_module does."""

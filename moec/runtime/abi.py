@@ -1,8 +1,8 @@
 """The C ABI of tvm_ffi through ctypes: functions, arguments and errors.
 
 Everything goes through libtvm_ffi.so. The Python package tvm_ffi would import torch, and knows
-neither NumPy's bfloat16 nor read-only arrays: only `direct` imports it, for torch. A tensor is
-a DLTensor that borrows memory; whoever makes a call keeps that memory alive until it ends.
+neither NumPy's bfloat16 nor read-only arrays. A tensor is a DLTensor that borrows memory; whoever
+makes a call keeps that memory alive until it ends.
 """
 
 from __future__ import annotations
@@ -72,10 +72,9 @@ class Ffi:
         pointer = ctypes.c_void_p
         self.call_raw = library.TVMFFIFunctionCall
         self.call_raw.argtypes = (pointer, pointer, ctypes.c_int32, pointer)
+        self.entry = ctypes.cast(self.call_raw, pointer).value
         self._get_global = library.TVMFFIFunctionGetGlobal
         self._get_global.argtypes = (pointer, pointer)
-        self._set_global = library.TVMFFIFunctionSetGlobal
-        self._set_global.argtypes = (pointer, pointer, ctypes.c_int32)
         self._take_error = library.TVMFFIErrorMoveFromRaised
         self._take_error.argtypes = (pointer,)
         self._take_error.restype = None
@@ -89,12 +88,6 @@ class Ffi:
         if code or not handle.value:
             raise MoecError(f"the TVM runtime has no function {name!r}")
         return Object(self, handle.value, _OBJECTS + 4)
-
-    def name(self, name: str, function: Object) -> None:
-        """Make a function global under a name that no other has."""
-        text = name.encode()
-        if self._set_global(ctypes.byref(_bytes(text)), function.handle, 0):
-            raise MoecError(self.error())
 
     def call(self, function: Object, *args: int | bool | str | Object | Value) -> Any:
         """Call `function`; the result is None, an int, or an Object that owns its handle.
@@ -168,7 +161,9 @@ class Frame:
     `tensors` and `ints` are in argument order, tensors first. A frame belongs to one thread.
     """
 
-    __slots__ = ("_args", "_count", "_ffi", "_keep", "_result", "function", "tensors", "values")
+    __slots__ = (
+        "_args", "_count", "_ffi", "_keep", "_result", "entry", "function", "tensors", "values",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -180,6 +175,7 @@ class Frame:
     ) -> None:
         count = len(tensors) + len(ints)
         self._ffi, self.function, self._count = ffi, function, count
+        self.entry = ffi.entry  # of C, to call the function by
         self._keep = keep  # shapes and parameter memory
         self.tensors = tuple(tensors)
         self.values = (Value * count)()

@@ -16,8 +16,9 @@ from ..errors import InputError, TargetError
 from ..spec import ExpertsSpec
 from . import abi
 from .libraries import Library, runtime
+from .native import Native
 from .pool import use_workers, workspace
-from .tensors import Form, Kind, View, address, view
+from .tensors import Kind, View, address, view
 
 _INT32 = (1 << 31) - 1
 _SIZES = {name: bits // 8 for name, (_, bits) in abi.TYPES.items()}
@@ -54,7 +55,7 @@ class Port:
 class Prepared:
     """A frame and the places in it that change from call to call.
 
-    `native` is what `direct` makes of it.
+    `native` is what `short` makes of it.
     """
 
     __slots__ = (
@@ -67,7 +68,7 @@ class Prepared:
     ) -> None:
         inputs, outputs = ports
         self.frame, self.call = frame, frame.call
-        self.native: Any = None
+        self.native: Native | None = None
         self.inputs = frame.tensors[:inputs]
         self.outputs = frame.tensors[-1 - outputs : -1]
         self.moving = self.inputs + self.outputs
@@ -93,41 +94,12 @@ class Prepared:
             self.tokens = tokens
 
 
-Fit = tuple[int, tuple[Form, ...], tuple[Form, ...]]  # a variant's index, inputs, outputs
-
-
-class Forms:
-    """The forms of the tensors of one library in a call of T tokens, and who takes them."""
-
-    __slots__ = ("_choose", "_forms", "_last")
-
-    def __init__(
-        self,
-        choose: Callable[[int, str | None], int],
-        ports: tuple[list[Port], list[Port]],
-        dtypes: Mapping[str, Any],
-    ) -> None:
-        self._choose = choose
-        self._forms = [[(dtypes[p.dtype], p.tail, p.size) for p in own] for own in ports]
-        self._last: tuple[int, str | None, Fit] = (0, None, (0, (), ()))  # with which T, and name
-
-    def at(self, tokens: int, schedule: str | None) -> Fit:
-        """The fit for T > 0 tokens and a named schedule; raises what choosing a variant raises."""
-        known, name, fit = self._last  # most calls repeat the one before
-        if known == tokens and name == schedule:
-            return fit
-        inputs, outputs = (
-            tuple([(dtype, (tokens, *tail), size) for dtype, tail, size in own])
-            for own in self._forms
-        )
-        fit = self._choose(tokens, schedule), inputs, outputs
-        self._last = tokens, schedule, fit
-        return fit
-
-
 class _Frames(threading.local):
+    """The frames of a thread by variant, and what `short` used last."""
+
     def __init__(self) -> None:
         self.table: dict[int, Prepared] = {}
+        self.last: Native | None = None
 
 
 class Call:
@@ -251,14 +223,6 @@ class Call:
                     hint="leave out=None, or pass another tensor",
                 )
         return got.address
-
-    def _apart(self, inputs: list[int], place: int, tokens: int) -> bool:
-        """Whether an output at `place` overlaps no input."""
-        end = place + self._outputs[0].row * tokens
-        for port, given in zip(self._inputs, inputs, strict=True):
-            if place < given + port.row * tokens and given < end:
-                return False
-        return True
 
     def _choose(self, tokens: int, schedule: str | None) -> int:
         """Index of the variant for T: the first whose range holds it, or of a forced schedule."""

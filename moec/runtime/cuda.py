@@ -51,12 +51,13 @@ def prepare() -> ctypes.CDLL:
 
 def use_stream(device: int, stream: int) -> None:
     """Launches of the calling thread on `device` go to the CUDA stream with this handle."""
-    if _set_stream()(DEVICE_TYPE, device, stream, None):
+    if stream_setter()(DEVICE_TYPE, device, stream, None):
         raise TargetError(f"the runtime refused stream {stream:#x} of device {device}")
 
 
 @functools.cache
-def _set_stream() -> Any:
+def stream_setter() -> Any:
+    """TVMFFIEnvSetStream."""
     return prepare().TVMFFIEnvSetStream
 
 

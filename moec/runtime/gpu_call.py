@@ -4,7 +4,7 @@ A call never waits for the device and allocates only through the caller's librar
 workspace, on its current stream), so it can be captured in a CUDA graph like any operation
 of that library.
 
-Plain torch tensors that fit take the short way of `direct`; whatever is unusual about a call sends
+Plain torch tensors that fit take the short way of `short`; whatever is unusual about a call sends
 it the long way, which also explains refusals.
 """
 
@@ -18,16 +18,17 @@ from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
 from .call import Prepared
-from .direct import DirectCall
 from .gpu_tensors import ALIGNMENT, GpuKind, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
+from .native import Native
+from .short import ShortCall
 from .tensors import View
 
 _ALIGN = _SLACK = 256  # of the workspace, as its intermediates are aligned within it
 
 
-class GpuCall(DirectCall):
+class GpuCall(ShortCall):
     """A compiled function of one block on `device`; safe to call from several threads."""
 
     alignment = ALIGNMENT
@@ -70,9 +71,13 @@ class GpuCall(DirectCall):
     def _kind_of(self, torch: Any) -> Any:
         return torch_kind(torch, self._device)
 
-    def _go(self, ready: Prepared, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-        # The binding takes torch's current stream by itself.
-        self._with_workspace(ready, self._kind, self._kind.stream(), function, arguments)
+    def _native(self, ready: Prepared) -> Native | None:
+        return self._laid_out(ready, None, cuda.stream_setter())
+
+    def _run_tensors(self, native: Native, args: Sequence[Any], results: list[Any]) -> int:
+        arguments = native.place, self._exchange, *args, *results
+        stream = self._kind.stream()
+        return int(self._with_workspace(native.ready, self._kind, stream, native.call, arguments))
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)
@@ -97,11 +102,11 @@ class GpuCall(DirectCall):
         stream: int,
         function: Callable[..., Any],
         arguments: Sequence[Any] = (),
-    ) -> None:
+    ) -> Any:
         held, place = kind.take(ready.size + _SLACK, stream)
         try:
             ready.space.data = place + -place % _ALIGN
-            function(*arguments)
+            return function(*arguments)
         finally:
             # The launches may still be waiting. What is given back goes to later work of the
             # same stream only.

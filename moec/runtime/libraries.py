@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import host
 from ..errors import ArtifactError, TargetError
-from . import openmp
+from . import native, openmp
 from .abi import Ffi, Object
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
@@ -52,7 +52,10 @@ def optional(package: str, name: str) -> bool:
 
 
 class Library:
-    """A compiled library (see `open_library`); functions are looked up by symbol, then kept."""
+    """A compiled library (see `open_library`); functions are looked up by symbol, then kept.
+
+    `entries` are its C functions, None where it has none.
+    """
 
     def __init__(self, path: Path, spelled: str) -> None:
         self._ffi = runtime()
@@ -61,6 +64,14 @@ class Library:
         load = self._ffi.function("ffi.ModuleLoadFromFile")
         self._module = self._ffi.call(load, spelled)
         self._functions: dict[str, Object] = {}
+        self.entries: native.Entries | None = None
+        try:
+            library = ctypes.CDLL(spelled)
+            openmp.add(library)
+            self.entries = native.Entries(library)
+        except (AttributeError, OSError):
+            # Made by an earlier moec, or for a driver that names what only it has.
+            return
 
     def function(self, symbol: str) -> Object:
         """The compiled function `symbol`; ArtifactError if the library does not have it."""
@@ -99,7 +110,6 @@ def open_library(path: Path) -> Library:
             # artifact that was compiled again is spelled differently.
             spelled = f"{path.parent}/{'./' * len(known)}{path.name}"
             known[identity] = Library(path, spelled)
-            openmp.add(spelled)
         return known[identity]
 
 

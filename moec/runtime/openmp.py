@@ -36,12 +36,8 @@ class _Shared:
 _shared = _Shared()
 
 
-def add(path: str) -> None:
-    """Take note of a loaded library; `path` is spelled as it was loaded."""
-    try:
-        library = ctypes.CDLL(path)
-    except OSError:  # code for a GPU may name what only its driver has; it has no loops
-        return
+def add(library: ctypes.CDLL) -> None:
+    """Take note of a loaded library."""
     with _shared.lock:
         _shared.libraries.append(library)
         if _shared.launch:

@@ -29,6 +29,7 @@ from ..artifact import ALIGNMENT
 from ..errors import ResourceError
 from . import openmp
 from .libraries import backend, runtime
+from .native import Thread
 from .tensors import address
 
 # Affinity mode of TVM's pool: workers may run on every core of the list.
@@ -45,37 +46,45 @@ _TASKS, _PENDING = 8, 20
 
 
 class _ThreadState(threading.local):
-    count = 0  # threads that the last call on this thread used, with _mode
     cores = 0  # threads that the pool has, 0 before it exists
     pool = 0  # threads that the pool is configured to use
     serial = False  # a forked child whose workers could not be renewed
     held: _Held | None = None  # workers that wait for a fork to be over
-    space = np.empty(0, np.uint8)
-    address = 0
-    size = 0
+    buffer = np.empty(0, np.uint8)  # the workspace, with room to align it
+
+    def __init__(self) -> None:
+        self.ready = Thread()  # `workers`: threads that the last call on this thread used
+        if threading.current_thread() is threading.main_thread():
+            global _main
+            _main = self.ready
 
 
+_main: Thread | None = None  # the main thread's
 _state = _ThreadState()
-_OPENMP = 1 << 20  # added to the count of threads that the last call used, if they were torch's
-_mode = 0  # _OPENMP once the main thread's loops run on torch's threads
+_shared = False  # whether the main thread's loops run on torch's threads
+
+
+def thread() -> Thread:
+    """What the calling thread has ready, as C reads it; the same one as long as it runs."""
+    return _state.ready
 
 
 def workspace(size: int) -> int:
     """Address of at least `size` bytes, 64-byte aligned, that belong to this thread."""
-    state = _state
-    if state.size < size:
+    state, ready = _state, _state.ready
+    if ready.size < size:
         # A call with T a little larger than the last must not allocate each time.
-        wanted = max(size, min(2 * state.size, size + (64 << 20)))
+        wanted = max(size, min(2 * ready.size, size + (64 << 20)))
         try:
-            state.space = np.empty(wanted + ALIGNMENT, np.uint8)
+            state.buffer = np.empty(wanted + ALIGNMENT, np.uint8)
         except MemoryError:
             raise ResourceError(
                 f"a call needs {size / 1e9:.2f} GB of workspace, which cannot be allocated",
                 hint="pass fewer tokens at once",
             ) from None
-        state.address = -(-address(state.space) // ALIGNMENT) * ALIGNMENT
-        state.size = wanted
-    return state.address
+        ready.space = -(-address(state.buffer) // ALIGNMENT) * ALIGNMENT
+        ready.size = wanted
+    return ready.space or 0
 
 
 def use_workers(count: int) -> None:
@@ -83,22 +92,24 @@ def use_workers(count: int) -> None:
 
     `count` must not exceed the cores that this process may use. With 1, no pool is made.
     """
-    wanted = count + _mode
-    if _state.count != wanted:
+    ready = _state.ready
+    if ready.workers != count:
         _switch(count)
-        _state.count = wanted
+        ready.workers = count
 
 
 def use_threads_of(torch: Any) -> None:
     """Let the main thread's calls run on the threads of torch's OpenMP runtime, if it has one."""
-    global _mode
-    if not _mode and openmp.share(torch):
-        _mode = _OPENMP
+    global _shared
+    if not _shared and openmp.share(torch):
+        _shared = True
+        if _main is not None:
+            _main.workers = 0  # its next call switches
 
 
 def _switch(count: int) -> None:
     state = _state
-    if _mode and threading.current_thread() is threading.main_thread():
+    if _shared and threading.current_thread() is threading.main_thread():
         openmp.workers()(count)
         return
     if state.serial:
@@ -223,20 +234,20 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     """The child's workers are gone: make new ones, or let its one thread work alone."""
-    global _mode
+    global _shared
     state = _state
     # Threads that torch's runtime had are gone as well, and it would wait for them for ever,
     # also where calls begin to use it in the child.
     openmp.leave()
-    if _mode:
-        _mode = state.count = 0
+    if _shared:
+        _shared, state.ready.workers = False, 0
     if state.cores <= 1:
         return
     if state.held:
         with _affinity_kept() as cpus:
             backend()[_RESET]()
             _configure(state.pool, cpus, state.cores)
-        state.count = 0
+        state.ready.workers = 0
     else:
         backend()[_SET_MAX](1)
         state.serial = True

@@ -48,10 +48,6 @@ if sys.implementation.name == "cpython" and _fast_address(_probe) == _slow_addre
     address = _fast_address
 
 
-# What a tensor must look like: dtype as its library has it, shape, bytes of an element.
-Form = tuple[Any, tuple[int, ...], int]
-
-
 class View(NamedTuple):
     """Memory of a caller's tensor; `keep` owns it, `kind` makes others of the same kind."""
 

@@ -129,14 +129,15 @@ def library(dtype: str, path: Path) -> Path:
     from tvm.script import tirx as T
 
     from moec import target as targets
-    from moec.schedules.cpu import codegen
+    from moec.schedules.cpu import launcher
+    from moec.schedules.linking import link
 
     module = tvm.IRModule(
         {name: from_source(text, extra_vars={"T": T}) for name, text in sources(dtype).items()}
     )
     target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v2"} if _x86() else "llvm")
-    linker = codegen.find_linker(targets.resolve("cpu"))
-    codegen.link(tvm.tirx.build(module, target=target), path, linker)
+    built = tvm.tirx.build(module, target=target)
+    link(built, targets.resolve("cpu"), path, [launcher.SOURCE])
     return path
 
 

@@ -1,69 +1,58 @@
 """The short way of a call on a GPU, without one: torch tensors of the CPU stand for the device's.
 
-Only what a call decides on the host is tested: which tensors take the short way, and what the
-compiled function is then given; it refuses what does not fit, here as on a GPU. Refusals are
-explained by the long way, which tests/gpu calls.
+The library is that of the hand-written artifact, so the C code of a call is the one that every
+library has. Only what a call decides on the host is tested. Refusals are explained by the long
+way, which tests/gpu calls.
 """
 
 from __future__ import annotations
 
 import warnings
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moec.artifact import Function, TensorType, Variant
-from moec.errors import TargetError
-from moec.runtime import gpu_call, gpu_tensors
-from moec.runtime.call import Prepared
-from moec.spec import ExpertsSpec
+from moec.runtime import abi, cuda, gpu_call, gpu_tensors
+from moec.runtime.call import Call
+from moec.runtime.libraries import open_library
+from moec.runtime.tensors import address
+from tests.runtime import fake
 
-H, K = 32, 4
+H, K = fake.H, fake.K
+ROUTED = TensorType("topk_ids", ("T", K), "int32"), TensorType("topk_weights", ("T", K), "float32")
+X, Y = TensorType("x", ("T", H), "float32"), TensorType("y", ("T", H), "float32")
 FUNCTION = Function(
-    (TensorType("x", ("T", H), "bfloat16"), TensorType("topk_ids", ("T", K), "int32"),
-     TensorType("topk_weights", ("T", K), "float32")),
-    (), (TensorType("y", ("T", H), "bfloat16"),),
-    tuple(Variant(f"s{n}", name, span, (1000, 100), True, {})
-          for n, (name, span) in enumerate([("gather", (0, 8)), ("stream16", (8, None))])),
+    (X, *ROUTED), ("gate_up", "down"), (Y,),
+    (Variant("b0_experts", "gather", (0, 8), (1000, 100), True, {}),
+     Variant("b0_experts_loop", "loop", (8, None), (1000, 100), True, {})),
 )  # fmt: skip
+ROUTE = Function((X,), (), ROUTED, (Variant("b0_route", "fused", (0, None), (8, 0), True, {}),))
 
 
-class Fake(gpu_call.GpuCall):
-    """Notes what the compiled function would be called with."""
+class OnCpu(gpu_call.GpuCall):
+    """A call of device -1, whose memory is the CPU's."""
 
-    def __init__(self) -> None:
-        super().__init__("experts", FUNCTION, None, dict, ExpertsSpec(16, K, H, 32), -1)  # type: ignore[arg-type]
-        self.seen: list[dict[str, Any]] = []
+    def __init__(self, function: Function = FUNCTION) -> None:
+        library, spec = open_library(fake.shared_library()), fake.spec("float32").experts
+        self.keep = fake.weights("float32")
+        self.keep["gate_up"] = np.ascontiguousarray(self.keep["gate_up"].transpose(0, 2, 1))
+        super().__init__("experts", function, library, lambda: self.keep, spec, -1)  # type: ignore[arg-type,return-value]
         self.taken: list[tuple[int, int, bool]] = []  # size, stream, whether it was given back
-        self.error: Exception | None = None
+        self.spaces: list[int] = []
 
-    def _ready(self, index: int) -> Any:
-        def called(*args: Any) -> None:
-            if self.error:
-                raise self.error
-            tensors, rest = args[: len(FUNCTION.inputs) + 1], args[len(FUNCTION.inputs) + 1 :]
-            ports = FUNCTION.inputs + FUNCTION.outputs
-            tokens = tensors[0].shape[0]
-            for port, tensor in zip(ports, tensors, strict=True):
-                if tensor.shape != (tokens, *port.shape[1:]) or not tensor.is_contiguous():
-                    raise ValueError("shape")
-                if tensor.dtype is not getattr(torch, port.dtype) or tensor.is_meta:
-                    raise TypeError("dtype")
-            seen = {"index": index, "ready": ready, "lengths": lengths}
-            self.seen.append({**seen, "tensors": tensors, "rest": rest})
+    def _tensor(self, shape: Any, dtype: str, data: int = 0) -> abi.DLTensor:
+        return Call._tensor(self, shape, dtype, data)
 
-        lengths = [[0], [0], [0]]  # of two shapes, and of the workspace
-        places = [SimpleNamespace(data=0) for _ in range(len(FUNCTION.inputs) + 2)]
-        frame: Any = SimpleNamespace(call=None, tensors=places)
-        ready = Prepared(frame, (len(FUNCTION.inputs), 1), lengths, FUNCTION.variants[index])
-        ready.native = called, (), ("workspace", 1)
-        return ready
+    def _parameter(self, name: str, bound: Mapping[str, Any]) -> int:
+        return address(bound[name])
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Fake:
+def call(monkeypatch: pytest.MonkeyPatch) -> OnCpu:
     class Kind(gpu_tensors._Torch):
         def __init__(self, module: Any, index: int) -> None:
             super().__init__(module, 0)
@@ -71,7 +60,9 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
         def take(self, size: int, stream: int) -> tuple[Any, int]:
             made.taken.append((size, stream, False))
-            return self.empty((size,), "uint8")
+            held, place = self.empty((size,), "uint8")
+            made.spaces.append(place)
+            return held, place
 
         def give(self, held: Any) -> None:
             made.taken[-1] = (*made.taken[-1][:2], True)
@@ -81,46 +72,79 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Fake:
 
     monkeypatch.setattr(gpu_tensors, "_Torch", Kind)
     monkeypatch.setattr(gpu_tensors, "_torch", {})
+    monkeypatch.setattr(cuda, "stream_setter", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    made = Fake()
+    made = OnCpu()
     return made
 
 
 def tensors(tokens: int = 5) -> list[Any]:
-    return [
-        torch.randn(tokens, H).bfloat16(),
-        torch.zeros(tokens, K, dtype=torch.int32),
-        torch.ones(tokens, K),
-    ]
+    ids = torch.randint(0, fake.E, (tokens, K), dtype=torch.int32)
+    return [torch.randn(tokens, H), ids, torch.rand(tokens, K)]
 
 
-@pytest.mark.parametrize(("tokens", "index"), [(1, 0), (7, 0), (8, 1), (300, 1)])
+def expected(args: list[Any], plus: float) -> Any:
+    return fake.experts(*(a.numpy() for a in args)) + np.float32(plus)
+
+
 @pytest.mark.parametrize("given", [False, True])
-def test_what_fits_is_passed_on(call: Fake, tokens: int, index: int, given: bool) -> None:
-    args = tensors(tokens)
-    out = torch.empty_like(args[0]) if given else None
-    (y,) = call._short(torch, args, out, None) or [None]
-    assert y is out if given else (y.shape, y.dtype) == ((tokens, H), torch.bfloat16)
-    (seen,) = call.seen
-    ready = seen["ready"]
-    assert seen["index"] == index
-    assert seen["lengths"] == [[tokens], [tokens], [1000 + 100 * tokens]]
-    assert all(a is b for a, b in zip(seen["tensors"], [*args, y], strict=True))
-    assert seen["rest"] == ("workspace", 1)
-    assert ready.space.data and ready.space.data % 256 == 0
-    assert call.taken == [(ready.size + 256, 7, True)]
+def test_what_fits_is_run(call: OnCpu, given: bool) -> None:
+    for tokens in (1, 7, 8, 300, 8, 1, 1):
+        args = tensors(tokens)
+        out = torch.empty_like(args[0]) if given else None
+        (y,) = call._short(torch, args, out, None) or [None]
+        assert y is out if given else (y.shape, y.dtype) == ((tokens, H), torch.float32)
+        plus = 1000 if tokens >= 8 else 0
+        np.testing.assert_allclose(y.numpy(), expected(args, plus), rtol=1e-5, atol=1e-5)
+        assert call.taken[-1] == (1000 + 100 * tokens + 256, 7, True)
+        native = call._frames.last
+        assert native is not None and native.ready.space.data % 256 == 0
+        assert 0 <= native.ready.space.data - call.spaces[-1] < 256
 
 
-def test_memory_is_given_back_after_a_failure(call: Fake) -> None:
-    call.error = TargetError("no stream")
-    with pytest.raises(TargetError):
-        call._short(torch, tensors(), None, None)
-    assert [given for _, _, given in call.taken] == [True]
+def test_two_results(call: OnCpu) -> None:
+    route, x = OnCpu(ROUTE), torch.randn(5, H)
+    ids, weights = route._short(torch, [x], None, None) or [None, None]
+    order = np.arange(5)[:, None] + np.arange(K)
+    np.testing.assert_array_equal(ids.numpy(), order % fake.E)
+    np.testing.assert_array_equal(weights.numpy(), x[:, :K].numpy() + np.arange(K, dtype="f4"))
 
 
-def test_a_named_schedule_is_used(call: Fake) -> None:
-    assert call._short(torch, tensors(), None, "stream16") is not None
-    assert call.seen[0]["index"] == 1
+def test_memory_is_given_back_after_a_failure(call: OnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call._short(torch, tensors(), None, None) is not None
+    native = call._frames.last
+    assert native is not None
+    native.call = lambda *_: 3
+    assert call._short(torch, tensors(), None, None) is None
+    assert [given for _, _, given in call.taken] == [True, True]
+
+
+def test_a_named_schedule_is_used(call: OnCpu) -> None:
+    args = tensors()
+    for name, plus in (("loop", 1000), (None, 0), ("gather", 0), ("loop", 1000)):
+        (y,) = call._short(torch, args, None, name) or [None]
+        np.testing.assert_allclose(y.numpy(), expected(args, plus), rtol=1e-5, atol=1e-5)
+
+
+def test_streams_are_set_for_a_call_and_put_back(
+    call: OnCpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = abi.ctypes.CFUNCTYPE(
+        abi.ctypes.c_int, abi.ctypes.c_int, abi.ctypes.c_int, abi.ctypes.c_void_p,
+        abi.ctypes.POINTER(abi.ctypes.c_void_p),
+    )  # fmt: skip
+    seen = []
+
+    @kind
+    def set_stream(device: int, index: int, stream: Any, before: Any) -> int:
+        seen.append((device, index, stream))
+        if before:
+            before[0] = 99
+        return 0
+
+    monkeypatch.setattr(cuda, "stream_setter", lambda: set_stream)
+    assert OnCpu()._short(torch, tensors(), None, None) is not None
+    assert seen == [(1, 0, None), (1, 0, 99)]  # torch's stream of the CPU is none
 
 
 class Derived(torch.Tensor):
@@ -129,51 +153,54 @@ class Derived(torch.Tensor):
 
 def unusual() -> dict[str, tuple[list[Any], Any]]:
     x, ids, weights = tensors()
-    backing = torch.empty(6 * H).bfloat16()
+    backing = torch.empty(6 * H)
     grown = torch.zeros(4 + 5 * K)
     with warnings.catch_warnings():  # torch calls them a prototype
         warnings.simplefilter("ignore", UserWarning)
         nested = torch.nested.nested_tensor([x, x[:2]])
     return {
         "no tokens": (tensors(0), None),
-        "another dtype": ([x.float(), ids, weights], None),
+        "another dtype": ([x.half(), ids, weights], None),
         "int64 ids": ([x, ids.long(), weights], None),
-        "another width": ([x[:, :16].contiguous(), ids, weights], None),
+        "another width": ([x[:, :4].contiguous(), ids, weights], None),
         "another token count": ([x, ids[:4], weights], None),
         "another rank": ([x[0], ids, weights], None),
-        "not contiguous": ([torch.randn(H, 5).bfloat16().T, ids, weights], None),
+        "not contiguous": ([torch.randn(H, 5).T, ids, weights], None),
         "not aligned": ([x, ids, grown[1 : 1 + 5 * K].view(5, K)], None),
         "nested": ([nested, ids, weights], None),
         "sparse": ([x, ids, weights.to_sparse()], None),
         "a negated view": ([x, ids, torch._neg_view(weights)], None),
         "for autograd": ([x, ids, weights.clone().requires_grad_()], None),
         "a class of its own": ([x.as_subclass(Derived), ids, weights], None),
-        "no tensor": ([x.float().numpy(), ids, weights], None),
+        "no tensor": ([x.numpy(), ids, weights], None),
         "another device": ([x, ids, weights.to("meta")], None),
-        "out of another dtype": ([x, ids, weights], torch.empty(5, H)),
-        "out of another length": ([x, ids, weights], torch.empty(4, H).bfloat16()),
+        "out of another dtype": ([x, ids, weights], torch.empty(5, H).half()),
+        "out of another length": ([x, ids, weights], torch.empty(4, H)),
         "out over an input": (
             [backing[: 5 * H].view(5, H), ids, weights], backing[H:].view(5, H)
         ),
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("before", [None, 5, 4])
 @pytest.mark.parametrize("name", unusual())
-def test_what_is_unusual_goes_the_long_way(call: Fake, name: str) -> None:
+def test_what_is_unusual_goes_the_long_way(call: OnCpu, name: str, before: int | None) -> None:
     args, out = unusual()[name]
-    assert call._short(torch, args, out, None) is None and not call.seen
+    if before:
+        assert call._short(torch, tensors(before), None, None) is not None
+    assert call._short(torch, args, out, None) is None
 
 
 def test_another_current_device_goes_the_long_way(
-    call: Fake, monkeypatch: pytest.MonkeyPatch
+    call: OnCpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     assert call._short(torch, tensors(), None, None) is None
 
 
 def test_a_torch_without_a_c_interface_goes_the_long_way(
-    call: Fake, monkeypatch: pytest.MonkeyPatch
+    call: OnCpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = next(c for c in torch.Tensor.__mro__ if "__dlpack_c_exchange_api__" in c.__dict__)
     monkeypatch.delattr(owner, "__dlpack_c_exchange_api__")
-    assert call._short(torch, tensors(), None, None) is None and not call.seen
+    assert call._short(torch, tensors(), None, None) is None

@@ -6,7 +6,6 @@ artifact requires of a machine is exactly what the code may contain.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,11 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.pipeline import finalize_device_passes, finalize_host_passes
 
-from ...errors import TargetError
 from ...target import Target
+from ..linking import find_linker, link
 from . import launcher
 from .isa import ISAS
 
-# A linker by the architecture that it links for; the system's own compiler links for itself.
-_CROSS = {"aarch64": "aarch64-linux-gnu-gcc", "x86_64": "x86_64-linux-gnu-gcc"}
-_OWN = ("cc", "gcc", "clang")
 _PIPELINE = "moec_cpu"
 
 
@@ -74,48 +70,5 @@ def build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
 
     Raises TargetError when no linker for the target is installed, or the linker fails.
     """
-    linker = find_linker(target)
-    module = compile_module(functions, target)
-    try:
-        link(module, path, linker)
-    except (RuntimeError, OSError) as error:
-        raise TargetError(
-            f"linking for {target.name} failed: {_last_words(str(error))}",
-            where=linker,
-            need="a C compiler that links shared libraries",
-        ) from None
-
-
-def link(module: Any, path: Path, linker: str) -> None:
-    """Write the shared library of a compiled module, and the launcher of its loops with it.
-
-    Raises RuntimeError or OSError where the linker fails.
-    """
-    source = path.with_suffix(".c")
-    source.write_text(launcher.SOURCE)
-    try:
-        options = ["-s", "-O2", "-fvisibility=hidden", str(source)]
-        module.export_library(str(path), cc=linker, options=options)
-    finally:
-        source.unlink()
-
-
-def _last_words(text: str) -> str:
-    """The last line that a linker wrote, without the command line that TVM puts after it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Command line:", "Compilation error"))]
-    return (said or lines or ["it said nothing"])[-1]
-
-
-def find_linker(target: Target) -> str:
-    """The compiler driver that links for `target`; TargetError when there is none."""
-    names = _OWN if target.runs_here else (_CROSS[target.arch],)
-    for name in names:
-        if shutil.which(name):
-            return name
-    raise TargetError(
-        f"no linker for {target.name} was found",
-        need=" or ".join(names),
-        hint="install a C compiler, for instance the Debian package "
-        + ("gcc" if target.runs_here else f"gcc-{target.arch.replace('_', '-')}-linux-gnu"),
-    )
+    find_linker(target)  # before the code is generated
+    link(compile_module(functions, target), target, path, [launcher.SOURCE])

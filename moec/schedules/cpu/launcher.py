@@ -10,7 +10,6 @@ is linked.
 
 # What TVM's code generation passes: int task(int number, struct {void*; int32_t tasks}*, void*).
 SOURCE = r"""
-#define EXPORT __attribute__((visibility("default")))
 typedef int (*task_t)(int, void*, void*);
 typedef int (*task_launch_t)(task_t, void*, int);
 struct group { void* sync; int tasks; };

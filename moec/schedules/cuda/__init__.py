@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import TargetError
 from ...spec import ApplyTo, MoESpec
 from ...target import Target
 from ..base import Backend, Packed, Schedule, TokenRange
 from ..buffers import Kernel
+from ..linking import link
 from ..passes.fold_activation import FoldActivation
 from ..passes.fold_combine import FoldCombine
 from ..passes.fold_gather import FoldGather
@@ -178,13 +178,7 @@ def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
     dependent = kernels if number >= toolchain.HOPPER else []
     with toolchain.compiling(target.isa):
         library = pipeline.build(tvm.IRModule(dict(functions)), arch, dependent)
-    try:
-        library.export_library(str(path), options=["-s"])
-    except (RuntimeError, OSError) as error:
-        raise TargetError(
-            f"linking for {target.name} failed: {str(error).strip().splitlines()[-1]}",
-            need="a C++ compiler that links shared libraries",
-        ) from None
+    link(library, target, path)
     toolchain.assert_cubin(path.read_bytes())
 
 
