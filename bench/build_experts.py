@@ -23,9 +23,10 @@ import tvm
 from moec import target
 from moec.schedules import backend, choose
 from moec.schedules.buffers import Buf, Kernel, PerToken
-from moec.schedules.cuda import decode, finish, lower, pipeline, sort, stream, toolchain
+from moec.schedules.cuda import decode, finish, lower, maps, pipeline, sort, stream, toolchain
 from moec.schedules.cuda.host import Launch, build_host
 from moec.schedules.cuda.shapes import Matmul
+from moec.schedules.linking import link
 from moec.spec import ActivationSpec, ExpertsSpec, MoESpec, Renorm, RouterSpec
 
 SMS = 132
@@ -156,7 +157,7 @@ def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str
     with toolchain.compiling("sm_90a") as report:
         library = pipeline.build(tvm.IRModule(functions), "sm_90a", dependent)
         index["resources"] = {k: [r.registers, r.spills] for k, r in sorted(report.items())}
-    library.export_library(str(out))
+    link(library, target.resolve("cuda"), out, [maps.SOURCE])
     toolchain.assert_cubin(out.read_bytes())
     return index
 

@@ -18,8 +18,8 @@ import pytest
 import tvm_ffi
 
 from moec.compiler import pack
-from moec.schedules.cpu import BACKEND
 from moec.schedules import calls
+from moec.schedules.cpu import BACKEND
 from moec.schedules.cpu.codegen import compile_module
 from moec.schedules.linking import find_linker
 from moec.target import Target

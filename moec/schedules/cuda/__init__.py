@@ -21,7 +21,7 @@ from ..passes.fold_gather import FoldGather
 from ..passes.fold_reduce import FoldReduce
 from ..passes.index_experts import IndexExperts
 from ..passes.loop_experts import LoopExperts
-from . import mma, route, sort
+from . import maps, mma, route, sort
 from .decode import MAX_TOKENS
 from .host import entry
 from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
@@ -178,7 +178,7 @@ def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
     dependent = kernels if number >= toolchain.HOPPER else []
     with toolchain.compiling(target.isa):
         library = pipeline.build(tvm.IRModule(dict(functions)), arch, dependent)
-    link(library, target, path)
+    link(library, target, path, [maps.SOURCE])
     toolchain.assert_cubin(path.read_bytes())
 
 

@@ -17,6 +17,9 @@ TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::by
 CACHE_HINT = ".L2::cache_hint"
 EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000
 
+NO_MAP = "the driver refused a tensor map over the weights"
+_DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+
 BK = 64  # columns of a K block: 128 bytes, which the swizzle spans
 
 # The last numbers of a map: not interleaved, the 128-byte swizzle, what a miss brings into the
@@ -50,6 +53,10 @@ class Box:
     def numbers(self) -> tuple[int, ...]:
         """What cuTensorMapEncodeTiled takes after the address; element strides are 1."""
         return (*self.dims, *self.strides, *self.box, *(1,) * self.rank, *self.modes)
+
+    def text(self, dtype: str) -> str:
+        """What moec_tensor_map takes (maps.py)."""
+        return " ".join(map(str, (_DATA_TYPES[dtype], self.rank, *self.numbers)))
 
     def at(self, k: Any, place: Any, e: Any) -> tuple[Any, ...]:
         """Coordinates of the box of a K step, a place and an expert."""

@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 from ...spec import ActivationSpec
 from ..buffers import Buf, Kernel, PerToken
 from .activation import device_function
-from .boxes import BK, CACHE_HINT, EVICT_FIRST, TMA, row_box
+from .boxes import BK, CACHE_HINT, EVICT_FIRST, NO_MAP, TMA, row_box
 from .intrinsics import BARRIER_WAIT, fresh
 from .shapes import Matmul
 
@@ -92,7 +92,7 @@ def gate_up(
         BIASV = T.decl_buffer((E * WROWS,), "float32", data=bias_p)
         HOUT = T.decl_buffer((NT * K, I), DT, data=h_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, BOX.rank, w_p, *BOX.numbers)
+        assert T.call_extern("int32", "moec_tensor_map", W_map, w_p, BOX.text(DT)) == 0, NO_MAP
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -313,10 +313,10 @@ def down(
         BIASV = T.decl_buffer((E * H,), "float32", data=bias_p)
         Y = T.decl_buffer((NT, H), out, data=y_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", W_map, DT, WHOLE.rank, w_p, *WHOLE.numbers)
+        assert T.call_extern("int32", "moec_tensor_map", W_map, w_p, WHOLE.text(DT)) == 0, NO_MAP
         if LAST < 16:
             L_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-            T.call_packed("runtime.cuTensorMapEncodeTiled", L_map, DT, REST.rank, w_p, *REST.numbers)
+            assert T.call_extern("int32", "moec_tensor_map", L_map, w_p, REST.text(DT)) == 0, NO_MAP
         else:
             L_map = W_map
 

@@ -20,7 +20,7 @@ from ...errors import TargetError
 from ...spec import ActivationSpec
 from ..buffers import Kernel
 from .activation import device_function
-from .boxes import BK, CACHE_HINT, EVICT_FIRST, EVICT_NORMAL, SHORT_ROWS, TMA, tile_box
+from .boxes import BK, CACHE_HINT, EVICT_FIRST, EVICT_NORMAL, NO_MAP, SHORT_ROWS, TMA, tile_box
 from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
@@ -150,7 +150,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         if not FIRST:
             T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, BOX, 1, 1, *SHORT_ROWS)
         A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", A_map, DT, BOXED.rank, w_p, *BOXED.numbers)
+        assert T.call_extern("int32", "moec_tensor_map", A_map, w_p, BOXED.text(DT)) == 0, NO_MAP
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
