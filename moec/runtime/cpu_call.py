@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import pool
-from .call import Prepared
-from .native import Native, reads_arrays
+from .native import Thread, reads_arrays
 from .short import ShortCall
 from .tensors import NUMPY_DTYPES, torch_kind
 
@@ -47,8 +46,8 @@ class CpuCall(ShortCall):
             native = self._mend(code, native, args[0], schedule)
         return None
 
-    def _native(self, ready: Prepared) -> Native | None:
-        return self._laid_out(ready, (pool.thread(), self._workers), None)
+    def _place(self) -> Thread:
+        return pool.thread()
 
     def _meet(self, torch: Any) -> None:
         pool.use_threads_of(torch)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import ResourceError, TargetError
 from . import libraries
+from .native import Device
 
 DEVICE_TYPE = 2  # DLPack's kDLCUDA
 _CUDART = "libcudart.so.13"
@@ -51,14 +52,22 @@ def prepare() -> ctypes.CDLL:
 
 def use_stream(device: int, stream: int) -> None:
     """Launches of the calling thread on `device` go to the CUDA stream with this handle."""
-    if stream_setter()(DEVICE_TYPE, device, stream, None):
+    if _set_stream()(DEVICE_TYPE, device, stream, None):
         raise TargetError(f"the runtime refused stream {stream:#x} of device {device}")
 
 
 @functools.cache
-def stream_setter() -> Any:
-    """TVMFFIEnvSetStream."""
+def _set_stream() -> Any:
     return prepare().TVMFFIEnvSetStream
+
+
+@functools.cache
+def functions(allocate: int, release: int) -> Device:
+    """What C needs of a device, given the functions of an allocator."""
+    current, stream = (
+        ctypes.cast(f, ctypes.c_void_p).value for f in (_cudart().cudaGetDevice, _set_stream())
+    )
+    return Device(current, stream, allocate, release)
 
 
 class Memory:

@@ -17,11 +17,10 @@ from typing import Any
 from ..artifact import Function
 from ..spec import ExpertsSpec
 from . import abi, cuda
-from .call import Prepared
-from .gpu_tensors import ALIGNMENT, GpuKind, torch_kind
+from .gpu_tensors import ALIGNMENT, torch_kind
 from .gpu_tensors import view as gpu_view
 from .libraries import Library
-from .native import Native
+from .native import Device
 from .short import ShortCall
 from .tensors import View
 
@@ -44,7 +43,6 @@ class GpuCall(ShortCall):
     ) -> None:
         super().__init__(name, function, library, parameters, spec, (1, 1))
         self._device = device
-        self._current: Any = None  # asks for the current device
 
     def __call__(
         self, args: Sequence[Any], out: Any = None, schedule: str | None = None
@@ -54,30 +52,12 @@ class GpuCall(ShortCall):
         done = None if torch is None else self._short(torch, args, out, schedule)
         return super().__call__(args, out, schedule) if done is None else done
 
-    def _short(
-        self, torch: Any, args: Sequence[Any], out: Any, schedule: str | None
-    ) -> list[Any] | None:
-        """The whole call, or None when it is for the long way."""
-        if self._torch is not torch:
-            self._meet(torch)
-        if self._current() != self._device:
-            return None
-        return super()._short(torch, args, out, schedule)
-
-    def _meet(self, torch: Any) -> None:
-        self._current = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-        super()._meet(torch)
-
     def _kind_of(self, torch: Any) -> Any:
         return torch_kind(torch, self._device)
 
-    def _native(self, ready: Prepared) -> Native | None:
-        return self._laid_out(ready, None, cuda.stream_setter())
-
-    def _run_tensors(self, native: Native, args: Sequence[Any], results: list[Any]) -> int:
-        arguments = native.place, self._exchange, *args, *results
-        stream = self._kind.stream()
-        return int(self._with_workspace(native.ready, self._kind, stream, native.call, arguments))
+    def _place(self) -> Device | None:
+        allocator = self._kind.allocator()
+        return cuda.functions(*allocator) if allocator else None
 
     def _view(self, tensor: Any, name: str, *, writable: bool = False) -> View:
         return gpu_view(tensor, name, self._device, writable=writable)
@@ -93,20 +73,10 @@ class GpuCall(ShortCall):
         ready.fill(tokens, places)
         stream = kind.stream()
         cuda.use_stream(self._device, stream)
-        self._with_workspace(ready, kind, stream, ready.call)
-
-    def _with_workspace(
-        self,
-        ready: Prepared,
-        kind: GpuKind,
-        stream: int,
-        function: Callable[..., Any],
-        arguments: Sequence[Any] = (),
-    ) -> Any:
         held, place = kind.take(ready.size + _SLACK, stream)
         try:
             ready.space.data = place + -place % _ALIGN
-            return function(*arguments)
+            ready.call()
         finally:
             # The launches may still be waiting. What is given back goes to later work of the
             # same stream only.

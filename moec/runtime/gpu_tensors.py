@@ -7,7 +7,9 @@ torch and CuPy are used when the caller has imported them, never imported.
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError
@@ -15,6 +17,10 @@ from . import cuda, dlpack
 from .tensors import View, not_contiguous, not_dense, packed, wrong_device
 
 ALIGNMENT = 16  # bytes: the kernels load activations in pieces of this size
+# torch's stable C interface for code that was compiled ahead of time.
+_LIBRARY = "libtorch_cuda.so"
+_ALLOCATE = "aoti_torch_cuda_caching_allocator_raw_alloc"
+_RELEASE = "aoti_torch_cuda_caching_allocator_raw_delete"
 _NAMES = ("float32", "float16", "bfloat16", "int32", "int64", "uint8")
 
 
@@ -87,6 +93,16 @@ class _Torch:
     def give(self, held: Any) -> None:
         if type(held) is int:
             self._free(held)
+
+    def allocator(self) -> tuple[int, int] | None:
+        """C functions that do the same on the current stream, if this torch has them."""
+        try:
+            library = ctypes.CDLL(str(Path(self.torch.__file__).parent / "lib" / _LIBRARY))
+            found = library[_ALLOCATE], library[_RELEASE]
+        except (AttributeError, OSError):
+            return None
+        take, give = (ctypes.cast(f, ctypes.c_void_p).value or 0 for f in found)
+        return take, give
 
 
 def torch_kind(torch: Any, device: int) -> _Torch:

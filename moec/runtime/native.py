@@ -41,6 +41,19 @@ class _Port(ctypes.Structure):
     )
 
 
+class Device(ctypes.Structure):
+    """Addresses of functions of a device: to ask for the current one, set the stream of launches,
+    and allocate and release memory for work on the current stream of torch.
+    """
+
+    _fields_ = (
+        ("current", _POINTER),
+        ("set_stream", _POINTER),
+        ("allocate", _POINTER),
+        ("release", _POINTER),
+    )
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         ("run", _POINTER),
@@ -54,7 +67,7 @@ class _Call(ctypes.Structure):
         ("workers", ctypes.c_int64),
         ("need", ctypes.c_int64),
         ("space", _POINTER),
-        ("set_stream", _POINTER),
+        ("device", _POINTER),
         ("ports", _Port * _PORTS),
     )
 
@@ -121,28 +134,28 @@ class Native:
         ready: Prepared,
         call: Callable[..., int],
         ports: list[tuple[DLTensor, Any, int, int]],
-        thread: tuple[Thread, int] | None,
-        set_stream: Any,
+        place: Thread | Device,
+        workers: int,
     ) -> None:
         """`ports` are the inputs, then the outputs: what the function is given, NumPy's dtype,
         bytes of a token, and what its address must be a multiple of.
 
-        `thread` is the calling thread's and the workers that a call needs; None where the caller
-        sets the workspace. `set_stream` is TVMFFIEnvSetStream for a device that has streams.
+        `place` is where it runs: `workers` threads of the calling one, or a device.
         """
         frame = ready.frame
         made = _Call(frame.entry, frame.function.handle, ctypes.addressof(frame.values))
         made.count, made.inputs = len(frame.values), len(ready.inputs)
         made.outputs = len(ports) - made.inputs
         made.space = ctypes.addressof(ready.space)
-        if thread is not None:
-            made.thread, made.workers = ctypes.addressof(thread[0]), thread[1]
-        if set_stream is not None:
-            made.set_stream = ctypes.cast(set_stream, _POINTER)
+        made.workers = workers
+        if isinstance(place, Thread):
+            made.thread = ctypes.addressof(place)
+        else:
+            made.device = ctypes.addressof(place)
         for port, (own, dtype, row, align) in zip(made.ports, ports, strict=False):
             port.own, port.dtype = ctypes.addressof(own), id(dtype)
             port.row, port.align = row, align
-        self.ready, self._call, self._keep = ready, made, (thread, ports)
+        self.ready, self._call, self._keep = ready, made, (place, ports)
         self.call, self.place = call, ctypes.addressof(made)
         self.tokens = 0
         self.schedule: str | None = None

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import pool
 from .call import Call, Prepared
-from .native import REFUSED, UNREADY, Native, Thread, exchange
+from .native import REFUSED, UNREADY, Device, Native, Thread, exchange
 from .tensors import NUMPY_DTYPES
 
 # What torch raises for tensors that its interface does not take, or that no others are like.
@@ -31,13 +31,9 @@ class ShortCall(Call):
         """The kind of torch's tensors on this device."""
         raise NotImplementedError
 
-    def _native(self, ready: Prepared) -> Native | None:
-        """A prepared call for C, if the library has functions for it."""
+    def _place(self) -> Thread | Device | None:
+        """Where a call of the calling thread runs; None where C cannot do it."""
         raise NotImplementedError
-
-    def _run_tensors(self, native: Native, args: Sequence[Any], results: list[Any]) -> int:
-        """What became of a call with torch's tensors."""
-        return native.call(native.place, self._exchange, *args, *results)
 
     def _meet(self, torch: Any) -> None:
         self._kind = self._kind_of(torch)
@@ -74,7 +70,7 @@ class ShortCall(Call):
                 native = self._turn(first, schedule)
             while native is not None:
                 results = [out] if out is not None else self._results(first, native)
-                code = self._run_tensors(native, args, results)
+                code = native.call(native.place, self._exchange, *args, *results)
                 if not code:
                     return results
                 native = self._mend(code, native, first, schedule)
@@ -104,18 +100,17 @@ class ShortCall(Call):
         self._frames.last = native
         return native
 
-    def _laid_out(
-        self, ready: Prepared, thread: tuple[Thread, int] | None, set_stream: Any
-    ) -> Native | None:
+    def _native(self, ready: Prepared) -> Native | None:
+        """A prepared call for C, if the library has functions for it."""
         entries, own = self._library.entries, self._inputs + self._outputs
-        call = entries.calls.get(len(own)) if entries else None
-        if call is None:
+        call, place = entries.calls.get(len(own)) if entries else None, self._place()
+        if call is None or place is None:
             return None
         ports = [
             (tensor, NUMPY_DTYPES[port.dtype], port.row, self.alignment or port.size)
             for tensor, port in zip(ready.moving, own, strict=True)
         ]
-        return Native(ready, call, ports, thread, set_stream)
+        return Native(ready, call, ports, place, self._workers)
 
     def _mend(self, code: int, native: Native, first: Any, schedule: str | None) -> Native | None:
         """What to try again, after a call that did not run; None: the long way."""

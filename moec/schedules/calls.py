@@ -38,6 +38,7 @@ typedef struct {
   void *base, *dtype;
   int flags;
 } array_t;
+enum { ALIGN = 256 }; /* of a workspace on a device */
 enum { C_CONTIGUOUS = 1, WRITEABLE = 0x400 };
 
 /* An input or output: the tensor that the compiled function is given, complete but for its
@@ -45,15 +46,22 @@ enum { C_CONTIGUOUS = 1, WRITEABLE = 0x400 };
 typedef struct { tensor_t* own; void* dtype; int64_t row, align; } port_t;
 /* A thread's workers and workspace, of `size` bytes. */
 typedef struct { int64_t workers; char* space; int64_t size; } thread_t;
+/* Functions of a device, of the current device and of torch's allocator for it. */
+typedef struct {
+  int (*current)(int*);                               /* cudaGetDevice */
+  int (*set_stream)(int32_t, int32_t, void*, void**); /* TVMFFIEnvSetStream */
+  int (*allocate)(uint64_t, void**);                  /* on the current stream */
+  int (*release)(void*);
+} device_t;
 typedef struct {
   int (*run)(void*, value_t*, int32_t, value_t*); /* TVMFFIFunctionCall of `function` */
   void* function;
   value_t* values;
   int32_t count, inputs, outputs, unused;
-  thread_t* thread; /* 0: whoever calls has set the workspace */
-  int64_t workers, need;
+  thread_t* thread; /* on the CPU */
+  int64_t workers, need; /* bytes of workspace */
   tensor_t* space;
-  int (*set_stream)(int32_t, int32_t, void*, void**); /* TVMFFIEnvSetStream; 0: no device */
+  const device_t* device; /* 0: the CPU */
   port_t ports[8]; /* inputs, then outputs */
 } call_t;
 
@@ -109,6 +117,42 @@ static int read_tensor(const port_t* p, const exchange_t* exchange, void* object
   return 1;
 }
 
+static int run(const call_t* c) {
+  value_t result = {0, 0, 0};
+  return c->run(c->function, c->values, c->count, &result) ? FAILED : DONE;
+}
+
+static int on_thread(const call_t* c) {
+  if (c->thread->workers != c->workers || c->thread->size < c->need) return UNREADY;
+  c->space->data = c->thread->space;
+  void* state = unlock();
+  int code = run(c);
+  lock(state);
+  return code;
+}
+
+/* A launch may still wait for its workspace when that is given back: it goes to later work of the
+   same stream only. Allocators lock, and may want Python's lock as well: it is not held there. */
+static int on_device(const call_t* c, const exchange_t* exchange) {
+  const device_t* d = c->device;
+  int32_t device = c->ports[0].own->device, index = c->ports[0].own->index, now;
+  void *stream = 0, *before = 0, *room = 0;
+  if (!exchange || d->current(&now) || now != index) return REFUSED;
+  if (exchange->stream(device, index, &stream)) return REFUSED;
+  void* state = unlock();
+  int code = REFUSED;
+  if (!d->set_stream(device, index, stream, &before)) {
+    if (!d->allocate((uint64_t)c->need + ALIGN, &room)) {
+      c->space->data = (char*)(((uintptr_t)room + ALIGN - 1) / ALIGN * ALIGN);
+      code = run(c);
+      d->release(room);
+    }
+    d->set_stream(device, index, before, 0);
+  }
+  lock(state);
+  return code;
+}
+
 static int call(const call_t* c, const exchange_t* exchange, int count, char* const* objects) {
   if (count != c->inputs + c->outputs) return REFUSED;
   for (int i = 0; i < count; i++) {
@@ -119,22 +163,7 @@ static int call(const call_t* c, const exchange_t* exchange, int count, char* co
     if ((uintptr_t)p->own->data % (uintptr_t)p->align) return REFUSED;
   }
   if (!apart(c)) return REFUSED;
-  if (c->thread) {
-    if (c->thread->workers != c->workers || c->thread->size < c->need) return UNREADY;
-    c->space->data = c->thread->space;
-  }
-  int32_t device = c->ports[0].own->device, index = c->ports[0].own->index;
-  void *stream = 0, *before = 0;
-  if (c->set_stream) {
-    if (!exchange || exchange->stream(device, index, &stream)) return REFUSED;
-    if (c->set_stream(device, index, stream, &before)) return FAILED;
-  }
-  value_t result = {0, 0, 0};
-  void* state = unlock();
-  int code = c->run(c->function, c->values, c->count, &result);
-  lock(state);
-  if (c->set_stream) c->set_stream(device, index, before, 0);
-  return code ? FAILED : DONE;
+  return c->device ? on_device(c, exchange) : on_thread(c);
 }
 
 /* Objects of Python; `exchange` is that of torch, or 0 where they should be NumPy arrays. */

@@ -7,6 +7,7 @@ way, which tests/gpu calls.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 import torch
 
 from moec.artifact import Function, TensorType, Variant
-from moec.runtime import abi, cuda, gpu_call, gpu_tensors
+from moec.runtime import abi, gpu_call
+from moec.runtime import tensors as tensors_of
 from moec.runtime.call import Call
 from moec.runtime.libraries import open_library
+from moec.runtime.native import Device
 from moec.runtime.tensors import address
 from tests.runtime import fake
 
@@ -33,16 +36,62 @@ FUNCTION = Function(
 ROUTE = Function((X,), (), ROUTED, (Variant("b0_route", "fused", (0, None), (8, 0), True, {}),))
 
 
-class OnCpu(gpu_call.GpuCall):
-    """A call of device -1, whose memory is the CPU's."""
+_INT, _U64, _POINTER = ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p
+_PLACE = ctypes.POINTER(ctypes.c_void_p)
 
-    def __init__(self, function: Function = FUNCTION) -> None:
+
+class Machine:
+    """The functions of a device, and what they were called with."""
+
+    def __init__(self) -> None:
+        self.current, self.memory, self.full = 0, 1 << 20, False
+        self.streams: list[tuple[int, int, int | None]] = []
+        self.sizes: list[int] = []
+        self.released: list[int] = []
+        self._space = ctypes.create_string_buffer(self.memory)
+        self._functions = (
+            ctypes.CFUNCTYPE(_INT, ctypes.POINTER(_INT))(self._get_device),
+            ctypes.CFUNCTYPE(_INT, _INT, _INT, _POINTER, _PLACE)(self._set_stream),
+            ctypes.CFUNCTYPE(_INT, _U64, _PLACE)(self._allocate),
+            ctypes.CFUNCTYPE(_INT, _POINTER)(self._release),
+        )
+        self.device = Device(*(ctypes.cast(f, _POINTER) for f in self._functions))
+
+    def _get_device(self, place: Any) -> int:
+        place[0] = self.current
+        return 0
+
+    def _set_stream(self, kind: int, index: int, stream: int | None, before: Any) -> int:
+        self.streams.append((kind, index, stream))
+        if before:
+            before[0] = 99
+        return 0
+
+    def _allocate(self, size: int, place: Any) -> int:
+        self.sizes.append(size)
+        place[0] = self.start = ctypes.addressof(self._space) + 8
+        return int(self.full)
+
+    def _release(self, place: int) -> int:
+        self.released.append(place)
+        return 0
+
+
+class OnCpu(gpu_call.GpuCall):
+    """A call of a device whose memory is the CPU's."""
+
+    def __init__(self, machine: Machine, function: Function = FUNCTION) -> None:
         library, spec = open_library(fake.shared_library()), fake.spec("float32").experts
         self.keep = fake.weights("float32")
         self.keep["gate_up"] = np.ascontiguousarray(self.keep["gate_up"].transpose(0, 2, 1))
-        super().__init__("experts", function, library, lambda: self.keep, spec, -1)  # type: ignore[arg-type,return-value]
-        self.taken: list[tuple[int, int, bool]] = []  # size, stream, whether it was given back
-        self.spaces: list[int] = []
+        super().__init__("experts", function, library, lambda: self.keep, spec, 0)  # type: ignore[arg-type,return-value]
+        self.machine = machine
+
+    def _place(self) -> Device:
+        return self.machine.device
+
+    def _kind_of(self, torch: Any) -> Any:
+        return tensors_of.torch_kind(torch)
 
     def _tensor(self, shape: Any, dtype: str, data: int = 0) -> abi.DLTensor:
         return Call._tensor(self, shape, dtype, data)
@@ -52,30 +101,8 @@ class OnCpu(gpu_call.GpuCall):
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> OnCpu:
-    class Kind(gpu_tensors._Torch):
-        def __init__(self, module: Any, index: int) -> None:
-            super().__init__(module, 0)
-            self.device = torch.device("cpu")
-
-        def take(self, size: int, stream: int) -> tuple[Any, int]:
-            made.taken.append((size, stream, False))
-            held, place = self.empty((size,), "uint8")
-            made.spaces.append(place)
-            return held, place
-
-        def give(self, held: Any) -> None:
-            made.taken[-1] = (*made.taken[-1][:2], True)
-
-        def stream(self) -> int:
-            return 7
-
-    monkeypatch.setattr(gpu_tensors, "_Torch", Kind)
-    monkeypatch.setattr(gpu_tensors, "_torch", {})
-    monkeypatch.setattr(cuda, "stream_setter", lambda: None)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    made = OnCpu()
-    return made
+def call() -> OnCpu:
+    return OnCpu(Machine())
 
 
 def tensors(tokens: int = 5) -> list[Any]:
@@ -89,6 +116,7 @@ def expected(args: list[Any], plus: float) -> Any:
 
 @pytest.mark.parametrize("given", [False, True])
 def test_what_fits_is_run(call: OnCpu, given: bool) -> None:
+    machine = call.machine
     for tokens in (1, 7, 8, 300, 8, 1, 1):
         args = tensors(tokens)
         out = torch.empty_like(args[0]) if given else None
@@ -96,27 +124,37 @@ def test_what_fits_is_run(call: OnCpu, given: bool) -> None:
         assert y is out if given else (y.shape, y.dtype) == ((tokens, H), torch.float32)
         plus = 1000 if tokens >= 8 else 0
         np.testing.assert_allclose(y.numpy(), expected(args, plus), rtol=1e-5, atol=1e-5)
-        assert call.taken[-1] == (1000 + 100 * tokens + 256, 7, True)
         native = call._frames.last
         assert native is not None and native.ready.space.data % 256 == 0
-        assert 0 <= native.ready.space.data - call.spaces[-1] < 256
+        assert machine.sizes[-1] == 1000 + 100 * tokens + 256
+        assert 0 <= native.ready.space.data - machine.start < 256
+        assert machine.released == [machine.start] * len(machine.sizes)
+        # torch's stream of the CPU is none
+        assert machine.streams[-2:] == [(1, 0, None), (1, 0, 99)]
 
 
-def test_two_results(call: OnCpu) -> None:
-    route, x = OnCpu(ROUTE), torch.randn(5, H)
+def test_two_results() -> None:
+    route, x = OnCpu(Machine(), ROUTE), torch.randn(5, H)
     ids, weights = route._short(torch, [x], None, None) or [None, None]
     order = np.arange(5)[:, None] + np.arange(K)
     np.testing.assert_array_equal(ids.numpy(), order % fake.E)
     np.testing.assert_array_equal(weights.numpy(), x[:, :K].numpy() + np.arange(K, dtype="f4"))
 
 
-def test_memory_is_given_back_after_a_failure(call: OnCpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_given_back_after_a_failure(call: OnCpu) -> None:
     assert call._short(torch, tensors(), None, None) is not None
     native = call._frames.last
     assert native is not None
-    native.call = lambda *_: 3
+    native.ready.frame.tensors[-1].ndim = 3  # the compiled function raises
     assert call._short(torch, tensors(), None, None) is None
-    assert [given for _, _, given in call.taken] == [True, True]
+    assert len(call.machine.released) == len(call.machine.sizes) == 2
+    assert call.machine.streams[-1] == (1, 0, 99)
+
+
+def test_without_memory_it_goes_the_long_way(call: OnCpu) -> None:
+    call.machine.full = True
+    assert call._short(torch, tensors(), None, None) is None
+    assert not call.machine.released and call.machine.streams[-1] == (1, 0, 99)
 
 
 def test_a_named_schedule_is_used(call: OnCpu) -> None:
@@ -124,27 +162,6 @@ def test_a_named_schedule_is_used(call: OnCpu) -> None:
     for name, plus in (("loop", 1000), (None, 0), ("gather", 0), ("loop", 1000)):
         (y,) = call._short(torch, args, None, name) or [None]
         np.testing.assert_allclose(y.numpy(), expected(args, plus), rtol=1e-5, atol=1e-5)
-
-
-def test_streams_are_set_for_a_call_and_put_back(
-    call: OnCpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind = abi.ctypes.CFUNCTYPE(
-        abi.ctypes.c_int, abi.ctypes.c_int, abi.ctypes.c_int, abi.ctypes.c_void_p,
-        abi.ctypes.POINTER(abi.ctypes.c_void_p),
-    )  # fmt: skip
-    seen = []
-
-    @kind
-    def set_stream(device: int, index: int, stream: Any, before: Any) -> int:
-        seen.append((device, index, stream))
-        if before:
-            before[0] = 99
-        return 0
-
-    monkeypatch.setattr(cuda, "stream_setter", lambda: set_stream)
-    assert OnCpu()._short(torch, tensors(), None, None) is not None
-    assert seen == [(1, 0, None), (1, 0, 99)]  # torch's stream of the CPU is none
 
 
 class Derived(torch.Tensor):
@@ -191,11 +208,10 @@ def test_what_is_unusual_goes_the_long_way(call: OnCpu, name: str, before: int |
     assert call._short(torch, args, out, None) is None
 
 
-def test_another_current_device_goes_the_long_way(
-    call: OnCpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+def test_another_current_device_goes_the_long_way(call: OnCpu) -> None:
+    call.machine.current = 1
     assert call._short(torch, tensors(), None, None) is None
+    assert not call.machine.sizes and not call.machine.streams
 
 
 def test_a_torch_without_a_c_interface_goes_the_long_way(
