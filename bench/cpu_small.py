@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +120,16 @@ def overhead(folder: Path) -> list[dict[str, Any]]:
         tensors = [convert(a) for a in (x, ids, weights)]
         keep.append(convert(np.empty_like(x)))
         out = keep[-1]
-        calls = {
-            "moe": (lambda t: block(t[0]), lambda t, out: block(t[0], out)),
-            "experts": (lambda t: block.experts(*t), lambda t, out: block.experts(*t, out)),
-        }
-        for function, (plain, given) in calls.items():
-            given(tensors, out)  # a frame then points to these arrays, which stay
+        for function, run, given in (
+            ("moe", block, tensors[:1]),
+            ("experts", block.experts, tensors),
+        ):
+            run(*given, out)  # a frame then points to these arrays, which stay
             if function not in inside:
                 call = block._calls[function]
                 inside[function] = microseconds(call._ready(call._choose(1, None)).call, 3000)
-            timed = {
-                "": lambda plain=plain, tensors=tensors: plain(tensors),
-                ", out given": lambda given=given, t=tensors, out=out: given(t, out),
-            }
-            for name, run in timed.items():
-                spent = microseconds(run, 3000) - inside[function]
+            for name, more in (("", ()), (", out given", (out,))):
+                spent = microseconds(partial(run, *given, *more), 3000) - inside[function]
                 rows.append({"what": "call", "name": f"{function}, {kind}{name}",
                              "microseconds": round(spent, 2)})  # fmt: skip
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,8 @@ class CpuCall(ShortCall):
         kind, done = type(args[0]), None
         if kind is np.ndarray:
             done = self._arrays(args, out, schedule) if reads_arrays() else None
-        elif (torch := sys.modules.get("torch")) is not None and kind is torch.Tensor:
-            done = self._short(torch, args, out, schedule)
+        elif kind is self._plain or self._takes(kind):
+            done = self._short(args, out, schedule)
         return super().__call__(args, out, schedule) if done is None else done
 
     def _arrays(self, args: Sequence[Any], out: Any, schedule: str | None) -> list[Any] | None:

@@ -10,7 +10,6 @@ it the long way, which also explains refusals.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,8 +47,9 @@ class GpuCall(ShortCall):
         self, args: Sequence[Any], out: Any = None, schedule: str | None = None
     ) -> list[Any]:
         """Run the function on tensors of the device; raises what Call raises."""
-        torch = sys.modules.get("torch")
-        done = None if torch is None else self._short(torch, args, out, schedule)
+        kind, done = type(args[0]), None
+        if kind is self._plain or self._takes(kind):
+            done = self._short(args, out, schedule)
         return super().__call__(args, out, schedule) if done is None else done
 
     def _kind_of(self, torch: Any) -> Any:

@@ -147,6 +147,7 @@ class Block:
             name: call(entry, name, function, self.spec.experts)
             for name, function in compiled.functions.items()
         }
+        self._moe, self._experts = self._calls.get("moe"), self._calls.get("experts")
 
     def __call__(
         self,
@@ -165,7 +166,7 @@ class Block:
         reads something else than x. Raises InputError for a tensor that does not fit, and for
         one that the block needs or does not know.
         """
-        call = self._calls.get("moe") or self._function("moe")
+        call = self._moe or self._function("moe")
         if token_ids is None and shared_x is None and len(call.inputs) == 1:
             return call((x,), out, schedule)[0]
         inputs = self._inputs("moe", x, token_ids=token_ids, shared_x=shared_x)
@@ -200,7 +201,7 @@ class Block:
         """
         if check_ids:
             self._check_ids(topk_ids)
-        call = self._calls.get("experts") or self._function("experts")
+        call = self._experts or self._function("experts")
         return call((x, topk_ids, topk_weights), out, schedule)[0]
 
     def schedules(self, function: str = "moe") -> tuple[str, ...]:

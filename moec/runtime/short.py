@@ -8,6 +8,7 @@ asked here is only what that does not tell.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ class ShortCall(Call):
     """A call with the short way; a subclass says which tensors it takes, and what a run needs."""
 
     alignment = 0  # of addresses in bytes; 0: the size of an element
-    _torch: Any = None  # torch as it was when what follows was made of it
-    _exchange: int | None = None  # where this torch tells C of its tensors
+    _met: Any = None  # torch as it was when what follows was made of it
+    _plain: Any = None  # its tensors, where it tells C of them
+    _exchange: int | None = None  # by this interface
 
     def _kind_of(self, torch: Any) -> Any:
         """The kind of torch's tensors on this device."""
@@ -35,30 +37,31 @@ class ShortCall(Call):
         """Where a call of the calling thread runs; None where C cannot do it."""
         raise NotImplementedError
 
+    def _takes(self, kind: type[Any]) -> bool:
+        """Whether tensors of this type are for `_short`."""
+        torch = sys.modules.get("torch")
+        if torch is not self._met and hasattr(torch, "Tensor"):
+            self._meet(torch)
+        return kind is self._plain
+
     def _meet(self, torch: Any) -> None:
         self._kind = self._kind_of(torch)
         self._exchange = exchange(torch)
-        self._plain, self._like = torch.Tensor, torch.empty_like
-        self._grad = torch.is_grad_enabled
+        self._plain = torch.Tensor if self._exchange else None
+        self._like, self._grad = torch.empty_like, torch.is_grad_enabled
         first = self._inputs[0]
         # What need not be said costs no time: torch reads a shape in 0.7 us.
         self._alike = len(self._outputs) == 1 and all(
             (port.dtype, port.tail) == (first.dtype, first.tail) for port in self._outputs
         )
-        self._torch = torch
+        self._met = torch
 
-    def _short(
-        self, torch: Any, args: Sequence[Any], out: Any, schedule: str | None
-    ) -> list[Any] | None:
-        """The whole call with torch's tensors, or None when it is for the long way.
+    def _short(self, args: Sequence[Any], out: Any, schedule: str | None) -> list[Any] | None:
+        """The whole call with tensors of the torch that was met; None: it is for the long way.
 
         That judges subclasses, which may mean anything by their attributes, tensors for
         autograd and negated views.
         """
-        if self._torch is not torch:
-            self._meet(torch)
-        if self._exchange is None:
-            return None
         plain, graph, first = self._plain, self._grad(), args[0]
         # No function for this: calling one costs as much as what is asked.
         for tensor in args if out is None else (*args, out):
@@ -69,7 +72,10 @@ class ShortCall(Call):
             if native is None or native.schedule != schedule:
                 native = self._turn(first, schedule)
             while native is not None:
-                results = [out] if out is not None else self._results(first, native)
+                if out is not None:
+                    results = [out]
+                else:
+                    results = [self._like(first)] if self._alike else self._more(first, native)
                 code = native.call(native.place, self._exchange, *args, *results)
                 if not code:
                     return results
@@ -78,9 +84,8 @@ class ShortCall(Call):
             pass
         return None
 
-    def _results(self, first: Any, native: Native) -> list[Any]:
-        if self._alike:
-            return [self._like(first)]
+    def _more(self, first: Any, native: Native) -> list[Any]:
+        """Results that are not all like the first input."""
         dtypes = self._kind.dtypes
         return [first.new_empty(shape, dtype=dtypes[dtype]) for shape, dtype in native.forms]
 
