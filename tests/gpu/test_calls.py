@@ -35,6 +35,9 @@ def captured(call: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+
+
 @pytest.mark.parametrize("schedule", GRAPHED)
 def test_a_replayed_graph_gives_what_a_call_gives(swiglu: Case, schedule: str) -> None:
     tokens = 5 if schedule == "gather" else 100
@@ -206,6 +209,46 @@ def test_cupy_arrays(folder: Path, tokens: int) -> None:
     got = case.block(cupy.asarray(x))
     cupy.cuda.get_current_stream().synchronize()
     assert isinstance(got, cupy.ndarray) and torch.equal(torch.as_tensor(got, device="cuda"), want)
+
+
+@two_gpus
+def test_two_gpus_in_one_process(folder: Path) -> None:
+    devices = "cuda:0", "cuda:1"
+    blocks = [moec.load(folder / "hopper.moec", device=device)[0] for device in devices]
+    for tokens in (1, 5, 40, 300, 1500):
+        xs = [torch.randn(tokens, 256).bfloat16().to(device) for device in devices]
+        want = blocks[0](xs[0]), blocks[0](xs[1].to(devices[0]))
+        for current in (0, 1):  # the current device is nothing to a call
+            with torch.cuda.device(current):
+                got = [block(x) for block, x in zip(blocks, xs, strict=True)]
+            assert [y.device for y in got] == [x.device for x in xs]
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1].to(devices[0]), want[1])
+    with pytest.raises(InputError, match="is on device cuda:0"):
+        blocks[1](xs[0])
+
+
+@two_gpus
+def test_a_thread_for_each_gpu(folder: Path) -> None:
+    devices, wrong = ("cuda:0", "cuda:1"), []
+    x = torch.randn(7, 256).bfloat16()
+    want = moec.load(folder / "hopper.moec", device=devices[0])[0](x.to(devices[0])).cpu()
+
+    def work(device: str) -> None:
+        block, own = moec.load(folder / "hopper.moec", device=device)[0], x.to(device)
+        with torch.cuda.device(device):
+            graph = captured(lambda: block(own))
+            for _ in range(50):
+                graph.replay()
+                if not torch.equal(block(own).cpu(), want):
+                    wrong.append(device)
+
+    threads = [threading.Thread(target=work, args=(device,)) for device in devices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_devices_that_do_not_fit_are_refused(folder: Path) -> None:
