@@ -18,7 +18,7 @@ from .native import REFUSED, UNREADY, Device, Native, Thread, exchange
 from .tensors import NUMPY_DTYPES
 
 # What torch raises for tensors that its interface does not take, or that no others are like.
-_REFUSED = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+_REFUSED = (AttributeError, BufferError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 class ShortCall(Call):
@@ -47,7 +47,6 @@ class ShortCall(Call):
     def _meet(self, torch: Any) -> None:
         self._kind = self._kind_of(torch)
         self._exchange = exchange(torch)
-        self._plain = torch.Tensor if self._exchange else None
         self._like, self._grad = torch.empty_like, torch.is_grad_enabled
         first = self._inputs[0]
         # What need not be said costs no time: torch reads a shape in 0.7 us.
@@ -55,6 +54,8 @@ class ShortCall(Call):
             (port.dtype, port.tail) == (first.dtype, first.tail) for port in self._outputs
         )
         self._met = torch
+        # Last: another thread takes the short way from here on.
+        self._plain = torch.Tensor if self._exchange else None
 
     def _short(self, args: Sequence[Any], out: Any, schedule: str | None) -> list[Any] | None:
         """The whole call with tensors of the torch that was met; None: it is for the long way.

@@ -10,6 +10,7 @@ the runtime passes.
 
 # Changes of `call_t` or of what is returned need other names of the functions: artifacts stay.
 SOURCE = r"""
+#define _GNU_SOURCE
 #include <stddef.h>
 #include <stdint.h>
 #define EXPORT __attribute__((visibility("default")))

@@ -26,7 +26,7 @@ from moec.compiler import pack as packing
 from moec.compiler.instruments import Observer
 from moec.compiler.lower import lower
 from moec.errors import BadWeights, ResourceError, TargetError, UsageError
-from moec.schedules import backend, choose
+from moec.schedules import backend, choose, linking
 from moec.schedules.cpu import codegen
 from moec.spec import ExpertsSpec, MoESpec, RouterSpec
 from tests import tiny
@@ -287,7 +287,7 @@ def test_a_missing_linker_is_named(
     foreign = "cpu:aarch64" if X86 else "cpu:x86-64"
     with pytest.raises(TargetError, match="no linker for cpu-") as caught:
         moec.compile(checkpoint, target=foreign, out=out)
-    assert caught.value.need == codegen._CROSS[target.resolve(foreign).arch]
+    assert caught.value.need == linking._CROSS[target.resolve(foreign).arch]
     assert "Debian package gcc-" in str(caught.value) and not out.exists()
     with pytest.raises(TargetError, match="no linker") as caught:
         moec.compile(checkpoint, out=out)

@@ -35,7 +35,7 @@ def captured(call: Any) -> torch.cuda.CUDAGraph:
     return graph
 
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it wants two GPUs")
 
 
 @pytest.mark.parametrize("schedule", GRAPHED)

@@ -8,14 +8,17 @@ whatever lies there by then.
 # `what` is Box.text: the data type, the rank, and the numbers.
 SOURCE = r"""
 #include <dlfcn.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#define KEPT 1024 /* maps; those of more weights than that take turns */
+#define SETS 256 /* of maps; those of more weights than there are places take turns */
+#define WAYS 8
 typedef struct { _Alignas(64) unsigned char opaque[128]; } map_t; /* CUtensorMap */
 typedef int (*encode_t)(map_t*, int, uint32_t, void*, const uint64_t*, const uint64_t*,
                         const uint32_t*, const uint32_t*, int, int, int, int);
-static struct kept { map_t map; void* address; const char* what; } kept[KEPT];
+static struct kept { map_t map; void* address; const char* what; } kept[SETS][WAYS];
 static char busy;
+static unsigned next;
 
 static int encode(map_t* map, void* address, const char* what) {
   encode_t driver = (encode_t)dlsym(RTLD_DEFAULT, "cuTensorMapEncodeTiled");
@@ -42,16 +45,20 @@ static void give(void) { __atomic_clear(&busy, __ATOMIC_RELEASE); }
 
 /* The map over the weight at `address` that `what` describes; 0, or the driver's error. */
 int moec_tensor_map(void* map, void* address, const char* what) {
-  uint64_t mixed = ((uint64_t)address >> 9 ^ (uint64_t)what >> 3) * 0x9E3779B97F4A7C15u;
-  struct kept* k = kept + (mixed >> 54);
+  uint64_t mixed = ((uint64_t)address >> 8) * 0x9E3779B97F4A7C15u + (uint64_t)what;
+  struct kept* set = kept[mixed * 0x9E3779B97F4A7C15u >> 32 & (SETS - 1)];
   take();
-  int found = k->address == address && k->what == what;
-  if (found) memcpy(map, &k->map, sizeof(map_t));
+  int found = 0;
+  while (found < WAYS && (set[found].address != address || set[found].what != what)) found++;
+  if (found < WAYS) memcpy(map, &set[found].map, sizeof(map_t));
   give();
-  if (found) return 0;
+  if (found < WAYS) return 0;
   int code = encode(map, address, what);
   if (code) return code;
   take();
+  struct kept* k = set + next++ % WAYS;
+  for (int i = 0; i < WAYS; i++)
+    if (!set[i].address) k = set + i;
   memcpy(&k->map, map, sizeof(map_t));
   k->address = address;
   k->what = what;
