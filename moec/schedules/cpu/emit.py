@@ -150,6 +150,13 @@ class Emit:
         """A pure LLVM intrinsic."""
         return T.call_llvm_pure_intrin(dtype, T.llvm_lookup_intrinsic_id(name), *args)
 
+    def prefetch(self, buffer: Any, indices: list[Any]) -> None:
+        """Ask for the cache line of an element into the L2; it may lie behind the buffer's end."""
+        place = T.address_of(tirx.BufferLoad(buffer, indices))
+        read, l2, data = (tirx.const(value, "int32") for value in (0, 2, 1))
+        number = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+        T.evaluate(T.call_llvm_intrin("void", number, place, read, l2, data))
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c, fused where the machine can (a library call where it cannot)."""
         if not self.isa.fma:

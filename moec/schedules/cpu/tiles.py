@@ -21,6 +21,8 @@ from .emit import Emit, i64, round_up
 from .isa import Isa
 from .kernel import loop
 
+_LINES = 2  # that a step asks for: with one or with four it is slower than without
+_LINE = 16  # words of a cache line
 _WORD = {"float32": "float32", "float16": "float16", "bfloat16": "int32"}
 
 
@@ -134,12 +136,16 @@ def tile(
     rows: Sequence[Any],
     panels: Sequence[Any],
     out: Any,
+    ahead: Any = None,
 ) -> None:
     """out[w * len(rows) + i] = source[rows[i]] x panel w, [.., panel] float32.
 
     Sums run over the words [begin, end) of the matrix in ascending order, whatever the number
     of rows and panels: a result never depends on the tile that computed it. They start at the
     bias when there is one.
+
+    `ahead`: a word of the weights, counted from the first that the tile reads of its one panel;
+    each step asks the L2 for the next two cache lines from there on.
     """
     vectors = em.isa.vectors
     em.release_registers()
@@ -158,12 +164,32 @@ def tile(
             _step_halves(em, matrix, source, rows, panels, acc, k)
         else:
             _step(em, matrix, operand, source, rows, panels, acc, k)
+        _ask(em, matrix, panels[0], k, ahead)
     for w, sums in enumerate(acc):
         for i, one in enumerate(sums):
             for j in range(vectors):
                 at = em.ramp(i64(j * em.lanes))
                 T.buffer_store(out, tirx.BufferLoad(one, [j]), [i64(w * len(rows) + i), at])
     em.release_registers()
+
+
+def _ask(em: Emit, matrix: Matrix, panel: Any, k: Any, ahead: Any) -> None:
+    """The step's share of what `tile` asks for."""
+    if ahead is None:
+        return
+    begin = i64(matrix.begin)
+    for line in range(_LINES):
+        words = ahead + ((k - begin) * _LINES + line) * _LINE
+        em.prefetch(matrix.weights, [matrix.group, panel, begin, words])
+
+
+def following(matrix: Matrix, block: Any) -> Any:
+    """Where a tile of the block of rows with this number begins to ask, as `ahead` of `tile`.
+
+    Half a panel ahead, and where the block before left off.
+    """
+    depth = matrix.end - matrix.begin
+    return depth * matrix.panels.panel // 2 + block * (depth * _LINES * _LINE)
 
 
 def _weight(em: Emit, matrix: Matrix, panel: Any, k: Any, vector: int) -> Any:
