@@ -6,10 +6,9 @@ multipliers busy. Few rows: the work is reading weights. A panel of wide vectors
 to wait for memory alone, and its one stream is read fastest (4 panels side by side: 3 to 10 %
 slower for T from 1 to 32); panels of narrow vectors are taken several at once.
 
-In between, rows pass a panel two or three times: memory is idle but for the first time, and the
-multipliers wait then. So each step of each pass asks for two cache lines of the weights half a
-panel later, which is as fast as memory gives them: 3 to 11 % faster with one thread at 7 to 18 rows
-(bfloat16; float32 1 to 4 %), level with two.
+In between, rows pass a panel two or three times: the first time they wait for memory, then memory
+waits for them. So each step of each pass asks for two cache lines of the weights half a panel
+later: bfloat16 takes 5 to 8 % less at 8 and 16 rows with one thread, 2 to 4 with two, float32 to 5.
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ from .tiles import Matrix, Operand, following, tile
 # same few sums, one after the other, take longer than memory.
 _STEP_BYTES = 256
 
-# Passes of a panel from 2 on in which what follows is asked for, and words of a panel from which on
-# a step asks for no more than it takes.
-_MOST_PASSES = 3
-_WIDE = 64
+_MOST_PASSES = 3  # over a panel, where what follows is asked for: more of them hide it anyway
+_WIDE = 64  # words of a panel, from which on a step does not ask for more than it takes
 
 # finish(row, panel, vectors): what is done with the sums of one row and one panel.
 Finish = Callable[[Any, Any, Sequence[Any]], None]
@@ -103,15 +100,14 @@ def cover(
     count = _opaque(em, tirx.floordiv(total + tall - i64(1), tall))
     base = _opaque(em, tirx.floordiv(total, tirx.Max(count, i64(1))))
     larger = em.bind(total - base * count)  # so many tiles have one row more
-    single_tiles = _shapes(height, table, rows.most)
 
     def asks(tall: int, wide: int) -> bool:
         """Whether there is a tile of this shape that asks for what follows."""
-        passes = em.isa.panel >= _WIDE and rows.most is None
-        return passes and wide == 1 and 2 * tall >= height
+        many = em.isa.panel >= _WIDE and rows.most is None
+        return many and wide == 1 and 2 * tall >= height
 
-    shapes = [(*shape, asking) for shape in single_tiles for asking in (False, True)
-              if not asking or asks(*shape)]  # fmt: skip
+    shapes = [(*shape, asking) for shape in _shapes(height, table, rows.most)
+              for asking in (False, True) if not asking or asks(*shape)]  # fmt: skip
     groups = _opaque(em, tirx.floordiv(end - begin, wide))  # what is left goes one by one
     single = em.bind(begin + groups * wide)
     with loop(em.bind(groups + end - single)) as step:
