@@ -6,6 +6,7 @@ an artifact's hashes before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -67,11 +68,11 @@ class Library:
         self.entries: native.Entries | None = None
         try:
             library = ctypes.CDLL(spelled)
-            openmp.add(library)
-            self.entries = native.Entries(library)
-        except (AttributeError, OSError):
-            # Made by an earlier moec, or for a driver that names what only it has.
+        except OSError:  # code for a GPU may name what only its driver has
             return
+        openmp.add(library)
+        with contextlib.suppress(AttributeError):  # an earlier moec made it
+            self.entries = native.Entries(library)
 
     def function(self, symbol: str) -> Object:
         """The compiled function `symbol`; ArtifactError if the library does not have it."""

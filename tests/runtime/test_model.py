@@ -120,6 +120,17 @@ def test_plain_tensors_go_the_short_way(block: Block, monkeypatch: pytest.Monkey
     assert [tuple(made.shape) for made in block.route(args[0])] == [(5, fake.K)] * 2
 
 
+def test_a_library_without_these_functions_goes_the_long_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = moec.runtime.load(fake.shared())[1]
+    arrays = inputs(5)
+    want = fake.experts(*arrays)
+    monkeypatch.setattr(own._calls["experts"]._library, "entries", None)
+    for args in (arrays, list(map(torch.from_numpy, arrays))):
+        np.testing.assert_allclose(np.asarray(own.experts(*args)), want, rtol=1e-5, atol=1e-5)
+
+
 def test_first_calls_of_many_threads_at_a_time() -> None:
     block, many = moec.runtime.load(fake.shared("bfloat16"))[1], 16
     x = torch.from_numpy(inputs(3)[0]).bfloat16()

@@ -14,7 +14,7 @@ from ...spec import ApplyTo, MoESpec
 from ...target import Target
 from ..base import Backend, Packed, Schedule, TokenRange
 from ..buffers import Kernel
-from ..linking import link
+from ..linking import find_linker, link
 from ..passes.fold_activation import FoldActivation
 from ..passes.fold_combine import FoldCombine
 from ..passes.fold_gather import FoldGather
@@ -173,6 +173,7 @@ def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
     from . import pipeline, toolchain
 
     kernels = [name for name, f in functions.items() if "moec.host" not in (f.attrs or {})]
+    find_linker(target)  # before the code is generated
     number = toolchain.generation(target.isa)
     arch = _HOPPER if target.isa == _HOPPER else f"sm_{number}"  # TVM knows no compute_XY
     dependent = kernels if number >= toolchain.HOPPER else []
