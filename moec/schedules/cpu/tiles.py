@@ -21,8 +21,9 @@ from .emit import Emit, i64, round_up
 from .isa import Isa
 from .kernel import loop
 
-_LINES = 2  # that a step asks for: with one or with four it is slower than without
 _LINE = 16  # words of a cache line
+_LINES = 2  # that a step of a later pass asks for: with one or with four it is slower than without
+_STEADY = 4096  # words ahead that one pass asks for: a quarter of it gains less, four times as much
 _WORD = {"float32": "float32", "float16": "float16", "bfloat16": "int32"}
 
 
@@ -117,6 +118,19 @@ def _operands(em: Emit, word: Any, panels: Panels, pairs: bool) -> list[Any]:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Weights that the steps of a tile ask the L2 for, in words of the panel that the tile reads.
+
+    Step i asks for `lines` cache lines from the word `first` + i * `apart` on, counted from where
+    the tile begins. They may belong to the panels that follow in memory.
+    """
+
+    first: Any
+    lines: int
+    apart: int
+
+
+@dataclass(frozen=True)
 class Matrix:
     """One packed matrix of a group: its buffers, and the words of K that a tile covers."""
 
@@ -136,16 +150,13 @@ def tile(
     rows: Sequence[Any],
     panels: Sequence[Any],
     out: Any,
-    ahead: Any = None,
+    ahead: Ahead | None = None,
 ) -> None:
     """out[w * len(rows) + i] = source[rows[i]] x panel w, [.., panel] float32.
 
     Sums run over the words [begin, end) of the matrix in ascending order, whatever the number
     of rows and panels: a result never depends on the tile that computed it. They start at the
-    bias when there is one.
-
-    `ahead`: a word of the weights, counted from the first that the tile reads of its one panel;
-    each step asks the L2 for the next two cache lines from there on.
+    bias when there is one. `ahead` goes with one panel.
     """
     vectors = em.isa.vectors
     em.release_registers()
@@ -173,23 +184,27 @@ def tile(
     em.release_registers()
 
 
-def _ask(em: Emit, matrix: Matrix, panel: Any, k: Any, ahead: Any) -> None:
-    """The step's share of what `tile` asks for."""
+def _ask(em: Emit, matrix: Matrix, panel: Any, k: Any, ahead: Ahead | None) -> None:
+    """The step's share of what a tile asks for."""
     if ahead is None:
         return
     begin = i64(matrix.begin)
-    for line in range(_LINES):
-        words = ahead + ((k - begin) * _LINES + line) * _LINE
+    for line in range(ahead.lines):
+        words = ahead.first + (k - begin) * ahead.apart + line * _LINE
         em.prefetch(matrix.weights, [matrix.group, panel, begin, words])
 
 
-def following(matrix: Matrix, block: Any) -> Any:
-    """Where a tile of the block of rows with this number begins to ask, as `ahead` of `tile`.
+def steady(matrix: Matrix) -> Ahead:
+    """A line of each step, at a distance that stays: the rest of it the machine fetches itself."""
+    return Ahead(i64(_STEADY), 1, matrix.panels.panel)
 
-    Half a panel ahead, and where the block before left off.
-    """
+
+def following(em: Emit, matrix: Matrix, block: Any) -> Ahead:
+    """Half a panel ahead, and where the block of rows with the number before left off."""
     depth = matrix.end - matrix.begin
-    return depth * matrix.panels.panel // 2 + block * (depth * _LINES * _LINE)
+    apart = _LINES * _LINE
+    first = em.bind(depth * matrix.panels.panel // 2 + block * (depth * apart))
+    return Ahead(first, _LINES, apart)
 
 
 def _weight(em: Emit, matrix: Matrix, panel: Any, k: Any, vector: int) -> Any:
