@@ -266,9 +266,10 @@ def test_the_code_keeps_to_its_instruction_set(
     assert [word for word in lacks if word in text] == []
 
 
+@pytest.mark.parametrize("schedule", ["fused", "gather"])
 @pytest.mark.parametrize(("name", "asks"), [("cpu:x86-64-v4", True), ("cpu:x86-64-v3", False)])
-def test_weights_that_follow_are_asked_for(name: str, asks: bool) -> None:
-    assert ("prefetcht1" in assembly(name, "fused")) == asks
+def test_weights_that_follow_are_asked_for(name: str, asks: bool, schedule: str) -> None:
+    assert ("prefetcht1" in assembly(name, schedule)) == asks
 
 
 @pytest.mark.skipif(not X86, reason="links for x86-64")
