@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TargetError
+from .errors import TargetError, UsageError
 
 # With any other tvm-ffi, TVM 0.27 crashes in common paths, so nothing else is let through.
 PINNED = {
     "apache-tvm": ("0.27.0.post1",),
     "apache-tvm-ffi": ("0.1.14.post0", "0.1.14.post1"),
 }
+
+MOST_THREADS = 4096  # that a call may be split into
+_THREADS = "TVM_NUM_THREADS"
 
 _ARCH = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 _OS = {"darwin": "macos"}
@@ -129,6 +132,24 @@ def cores() -> int:
         count = os.cpu_count() or 1
     quota = _cgroup_cpus()
     return max(1, min(count, math.ceil(quota))) if quota else count
+
+
+def threads() -> int:
+    """Threads of a call by default: the variable that TVM's own pool reads, else the cores.
+
+    Raises UsageError for a TVM_NUM_THREADS that is no number from 1 to MOST_THREADS.
+    """
+    text = os.environ.get(_THREADS, "").strip()
+    if not text:
+        return cores()
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise UsageError(
+            f"the environment variable {_THREADS} is {text!r}",
+            where=_THREADS,
+            need=f"a number from 1 to {MOST_THREADS}",
+            hint=f"unset {_THREADS} to use the cores of the process",
+        )
+    return int(text)
 
 
 def memory() -> tuple[int, int]:

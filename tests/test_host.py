@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moec import host
+from moec.errors import UsageError
 from moec.host import Host
 
 MACHINE = Host("linux", "x86_64", "Test", frozenset({"avx2", "fma"}), 4, 100, 50)
@@ -46,6 +47,19 @@ def test_limits_of_the_cgroup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(host.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert host.cores() == 2
     assert host.memory() == (1000000, 150000)
+
+
+def test_threads_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TVM_NUM_THREADS", raising=False)
+    assert host.threads() == host.cores()
+    for text, threads in ((" 3 ", 3), ("", host.cores()), ("4096", 4096)):
+        monkeypatch.setenv("TVM_NUM_THREADS", text)
+        assert host.threads() == threads
+    for text in ("0", "-1", "two", "4097", "1.5"):
+        monkeypatch.setenv("TVM_NUM_THREADS", text)
+        with pytest.raises(UsageError, match="TVM_NUM_THREADS") as raised:
+            host.threads()
+        assert raised.value.need == "a number from 1 to 4096"
 
 
 def test_macos_words(monkeypatch: pytest.MonkeyPatch) -> None:

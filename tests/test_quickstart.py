@@ -37,7 +37,7 @@ def test_a_checkpoint_of_the_user(
     assert code == 0, err
     facts = json.loads(out)
     assert facts["family"] == "qwen3_moe" and len(facts["digest"]) == 64
-    assert facts["layer"] == 1 and facts["threads"] == host.cores()
+    assert facts["layer"] == 1 and facts["threads"] == host.threads()
     assert facts["read_bytes_per_second"] > 1e8 and facts["flops_per_second"] > 1e8
     rows = [Row(**row) for row in facts["rows"]]
     assert [(r.tokens, r.schedule) for r in rows] == [(t, s) for t in TOKENS for s in SCHEDULES]

@@ -130,4 +130,4 @@ def _run(parser: argparse.ArgumentParser) -> None:
     add("--schedule", metavar="NAME", help="force a compiled schedule")
     add("--checkpoint", metavar="PATH", help="where the weights are, if not in the artifact")
     add("--device", default="cpu", help="cpu (the default), or metal:0 on a Mac")
-    add("--threads", type=int, metavar="N", help="default: the cores of this process")
+    add("--threads", type=int, metavar="N", help="default: TVM_NUM_THREADS, else the cores")

@@ -65,7 +65,7 @@ class Loops:
     def __init__(self, weights_dtype: str, threads: int | None = None) -> None:
         target = resolve("cpu")
         isa = ISAS[target.isa]
-        self.threads = min(threads or host.cores(), _MOST_THREADS)
+        self.threads = min(threads or host.threads(), _MOST_THREADS)
         pairs = isa.bf16_dot and weights_dtype == "bfloat16"
         readers = [_read_kernel(isa, streams) for streams in _STREAMS]
         kernels = [*readers, _peak_kernel(isa, pairs)]

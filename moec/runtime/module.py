@@ -31,8 +31,6 @@ from .devices import RUNNABLE, MakeCall, gpu_number, make_calls, open_device
 from .libraries import open_library
 from .tensors import view
 
-_MOST_THREADS = 4096
-
 
 def load(
     path: str | os.PathLike[str],
@@ -45,13 +43,14 @@ def load(
 ) -> Model:
     """Load the artifact at `path` for `device` ("cpu", "cuda:0", "metal:0").
 
-    `checkpoint` is needed when the weights were left there (weights="reference"). `threads`
-    is how many parts a call is split into, by default the cores that this process may use;
-    it never changes a result. `verify` "full" hashes every file first; "library" skips the
-    contents of weight files, which makes opening large artifacts fast. `memory` "map" leaves
-    the weights that the artifact holds in the page cache, which costs no time to load and is
-    shared by processes; "copy" reads a layer into huge pages of this process when it is first
-    used, which decodes faster where the page cache has none (binding.py has the figures).
+    `checkpoint` is needed when the weights were left there (weights="reference"). `threads` is
+    how many parts a call is split into, by default what TVM_NUM_THREADS says, else the cores that
+    this process may use; it never changes a result. `verify` "full" hashes every file first;
+    "library" skips the contents of weight files, which makes opening large artifacts fast.
+    `memory` "map" leaves the weights that the artifact holds in the page cache, which costs no
+    time to load and is shared by processes; "copy" reads a layer into huge pages of this process
+    when it is first used, which decodes faster where the page cache has none (binding.py has the
+    figures).
 
     Raises ArtifactError (damaged, or made by versions that do not fit), TargetError (nothing
     in it runs here), UsageError (no artifact, missing checkpoint, senseless argument).
@@ -252,12 +251,12 @@ class Block:
 
 def _threads(threads: int | None) -> int:
     if threads is None:
-        return host.cores()
+        return host.threads()
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise UsageError(f"threads={threads!r} is not an integer", where="threads")
-    if not 1 <= threads <= _MOST_THREADS:
+    if not 1 <= threads <= host.MOST_THREADS:
         raise UsageError(
-            f"threads={threads} makes no sense", where="threads", need=f"1 to {_MOST_THREADS}"
+            f"threads={threads} makes no sense", where="threads", need=f"1 to {host.MOST_THREADS}"
         )
     return threads
 

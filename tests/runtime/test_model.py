@@ -267,6 +267,15 @@ def test_a_named_schedule_runs_outside_of_its_range(block: Block) -> None:
     np.testing.assert_allclose(y, fake.experts(x, ids, weights), rtol=1e-4, atol=1e-5)
 
 
+def test_threads_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "3")
+    assert moec.runtime.load(fake.shared()).threads == 3
+    assert moec.runtime.load(fake.shared(), threads=1).threads == 1
+    monkeypatch.setenv("TVM_NUM_THREADS", "many")
+    with pytest.raises(UsageError, match="TVM_NUM_THREADS is 'many'"):
+        moec.runtime.load(fake.shared())
+
+
 def test_threads_change_no_bit() -> None:
     x, ids, weights = inputs(33)
     results = [
