@@ -30,7 +30,8 @@ def captured(call: Any) -> torch.cuda.CUDAGraph:
         call()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # By default a capture forbids other threads to wait or to allocate, on any GPU.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             call()
     return graph
 
