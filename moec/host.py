@@ -142,7 +142,8 @@ def threads() -> int:
     text = os.environ.get(_THREADS, "").strip()
     if not text:
         return cores()
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+    # Python refuses to read numbers of thousands of digits.
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_THREADS:
         raise UsageError(
             f"the environment variable {_THREADS} is {text!r}",
             where=_THREADS,
