@@ -23,7 +23,7 @@ from .kernel import loop
 
 _LINE = 16  # words of a cache line
 _LINES = 2  # that a step of a later pass asks for: with one or with four it is slower than without
-_STEADY = 4096  # words ahead that one pass asks for: a quarter of it gains less, four times as much
+_STEADY = 4096  # words ahead that one pass asks for: nearer gains less, farther no more
 _WORD = {"float32": "float32", "float16": "float16", "bfloat16": "int32"}
 
 
