@@ -17,57 +17,6 @@ from tvm.tirx.script import builder as T
 
 from .isa import Isa
 
-# LLVM helpers for instructions that TIR cannot spell: TIR has no <32 x bfloat>. By the lanes of
-# the instruction set that has them.
-_BF16_LLVM = {
-    16: """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
-define <16 x float> @moec_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) \
-alwaysinline nounwind {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, \
-<32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-define <16 x i16> @moec_cvtbf16(<16 x float> %a) alwaysinline nounwind {
-  %b = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %a)
-  %r = bitcast <16 x bfloat> %b to <16 x i16>
-  ret <16 x i16> %r
-}
-""",
-    4: """
-declare <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float>, <8 x bfloat>, <8 x bfloat>)
-define <4 x float> @moec_dpbf16(<4 x float> %c, <4 x i32> %a, <4 x i32> %b) \
-alwaysinline nounwind {
-  %x = bitcast <4 x i32> %a to <8 x bfloat>
-  %y = bitcast <4 x i32> %b to <8 x bfloat>
-  %r = call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %c, \
-<8 x bfloat> %x, <8 x bfloat> %y)
-  ret <4 x float> %r
-}
-define <4 x i16> @moec_cvtbf16(<4 x float> %a) alwaysinline nounwind {
-  %b = fptrunc <4 x float> %a to <4 x bfloat>
-  %r = bitcast <4 x bfloat> %b to <4 x i16>
-  ret <4 x i16> %r
-}
-""",
-}
-
-# Every vector register counts as overwritten by the first, so no value stays in one across it;
-# no load moves across the second.
-_RELEASE_LLVM = """
-define void @moec_release_registers() alwaysinline nounwind {{
-  call void asm sideeffect "", "{clobbers}"()
-  ret void
-}}
-define void @moec_keep_order() alwaysinline nounwind {{
-  call void asm sideeffect "", "~{{memory}}"()
-  ret void
-}}
-"""
-
 _LOG2E = 1.4426950408889634
 _LN2_HI = 0.693145751953125  # 11 significant bits: n * _LN2_HI is exact for |n| < 2^13
 _LN2_LO = 1.4286068203094172e-06
@@ -105,14 +54,6 @@ class Emit:
         self.lanes = isa.lanes
         self.f32v = f"float32x{isa.lanes}"
         self.i32v = f"int32x{isa.lanes}"
-
-    @property
-    def llvm(self) -> str:
-        """LLVM IR of the helpers that kernels import."""
-        name, count = self.isa.registers
-        clobbers = ",".join(f"~{{{name}{i}}}" for i in range(count))
-        release = _RELEASE_LLVM.format(clobbers=clobbers)
-        return release + (_BF16_LLVM[self.lanes] if self.isa.bf16_dot else "")
 
     def release_registers(self) -> None:
         """Keep LLVM from holding constants of an epilogue in registers that a tile needs."""

@@ -17,7 +17,8 @@ class Isa:
     `registers` are the vector registers, as LLVM's inline assembly names them, and how many.
     `mcpu` and `mattr` make LLVM emit this set and no more. `features` are the CPU flags (names
     as in /proc/cpuinfo) without which the code would die of an illegal instruction; the
-    artifact requires them of the machine that loads it.
+    artifact requires them of the machine that loads it. `byte_lookup` is the lookup of bytes in
+    a table of 16 that the compact form of panels wants.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Isa:
     rows: int
     fma: bool
     bf16_dot: bool
+    byte_lookup: bool
     registers: tuple[str, int]
     mcpu: str
     mattr: tuple[str, ...]
@@ -54,21 +56,22 @@ AVX512_BF16 = Isa(
     6,
     True,
     True,
+    True,
     ("xmm", 32),
     "x86-64-v4",
     ("+avx512bf16",),
     (*_V4, "avx512_bf16"),
 )
-AVX512 = Isa("avx512", 16, 4, 6, True, False, ("xmm", 32), "x86-64-v4", (), _V4)
+AVX512 = Isa("avx512", 16, 4, 6, True, False, True, ("xmm", 32), "x86-64-v4", (), _V4)
 # 16 registers of 8 lanes: 6 x 2 accumulators + 2 weights + 1 broadcast.
-AVX2 = Isa("avx2", 8, 2, 6, True, False, ("xmm", 16), "x86-64-v3", (), _V3)
+AVX2 = Isa("avx2", 8, 2, 6, True, False, False, ("xmm", 16), "x86-64-v3", (), _V3)
 # Baseline x86-64 has neither FMA nor 8 lanes: a tile that any compiler can place.
-SSE2 = Isa("sse2", 4, 2, 4, False, False, ("xmm", 16), "x86-64", (), ("sse2",))
+SSE2 = Isa("sse2", 4, 2, 4, False, False, False, ("xmm", 16), "x86-64", (), ("sse2",))
 # 32 registers of 4 lanes; fused multiply-add is part of the base architecture.
-NEON = Isa("neon", 4, 4, 6, True, False, ("v", 32), "generic", (), ("asimd",))
+NEON = Isa("neon", 4, 4, 6, True, False, False, ("v", 32), "generic", (), ("asimd",))
 # FEAT_BF16, which every core of Armv8.6 and later has: bfdot is AVX512-BF16's dot in 4 lanes.
 NEON_BF16 = Isa(
-    "neon-bf16", 4, 4, 6, True, True, ("v", 32), "generic", ("+bf16",), ("asimd", "bf16")
+    "neon-bf16", 4, 4, 6, True, True, False, ("v", 32), "generic", ("+bf16",), ("asimd", "bf16")
 )
 
 ISAS = {isa.name: isa for isa in (AVX512_BF16, AVX512, AVX2, SSE2, NEON_BF16, NEON)}

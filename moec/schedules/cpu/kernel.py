@@ -17,6 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from ..buffers import ITEM_BYTES, Buf, Kernel, PerToken
+from . import llvm
 from .emit import Emit, i64
 from .isa import Isa
 
@@ -38,7 +39,7 @@ def build(symbol: str, isa: Isa, args: tuple[Buf, ...], body: Body) -> Kernel:
             shape = [d.count * tokens if isinstance(d, PerToken) else i64(d) for d in arg.shape]
             align = ITEM_BYTES[arg.dtype] if arg.foreign else 64
             setattr(bufs, arg.name, T.match_buffer(handle, shape, arg.dtype, align=align))
-        with T.attr(0, "pragma_import_llvm", em.llvm):
+        with T.attr(0, "pragma_import_llvm", llvm.helpers(isa)):
             body(em, bufs, tokens, threads)
     return Kernel(symbol, args, ib.get())
 

@@ -12,6 +12,7 @@ from ..buffers import Buf, Kernel
 from .emit import Emit, f32, i64, storage
 from .isa import Isa
 from .kernel import build, chunk, loop
+from .shorten import shorten
 from .tiles import Panels
 
 _BLOCK = 16  # words of K handled at a time: the block of the panel stays in the L1 cache
@@ -31,7 +32,8 @@ def _source_row(panels: Panels, panel: Any, column: Any) -> tuple[Any, Any]:
 def pack_matrix(symbol: str, isa: Isa, panels: Panels, per_expert: bool) -> Kernel:
     """src [N, K] -> dst [P, K/group, panel] words, columns and K padded with zeros.
 
-    `per_expert` packs one expert into its slice; otherwise dst is the whole [1, P, ...].
+    Panels that have a compact form get it. `per_expert` packs one expert into its slice;
+    otherwise dst is the whole [1, P, ...].
     """
     lead = () if per_expert else (1,)
     args = (
@@ -39,6 +41,7 @@ def pack_matrix(symbol: str, isa: Isa, panels: Panels, per_expert: bool) -> Kern
         Buf("dst", (*lead, *panels.shape[1:]), panels.word),
     )
     zero = tirx.const(0, storage(panels.dtype))
+    header = panels.shape[2] - panels.depth
 
     def body(em: Emit, b: SimpleNamespace, tokens: Any, threads: Any) -> None:
         blocks = -(-panels.depth // _BLOCK)
@@ -53,8 +56,16 @@ def pack_matrix(symbol: str, isa: Isa, panels: Panels, per_expert: bool) -> Kern
                         inside = tirx.And(exists, at < i64(panels.cols))
                         return T.if_then_else(inside, tirx.BufferLoad(b.src, [row, at]), zero)
 
-                    at = [*(i64(0) for _ in lead), p, k, c]
+                    at = [*(i64(0) for _ in lead), p, k + i64(header), c]
                     T.buffer_store(b.dst, _word(em, panels, value, k), at)
+            if panels.compact:
+                panel = [*(i64(0) for _ in lead), p, i64(0)]
+                shorten(
+                    em,
+                    lambda word: tirx.BufferLoad(b.dst, [*panel, word]),
+                    lambda word, new: T.buffer_store(b.dst, new, [*panel, word]),
+                    panels.depth,
+                )
 
     return build(symbol, isa, args, body)
 

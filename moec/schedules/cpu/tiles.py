@@ -5,18 +5,22 @@ columns for all of K, so that a tile reads it as one contiguous stream. In a gat
 the first half of a panel is gate columns and the second half the up columns of the same
 index, so the activation is computed while both are in registers. bfloat16 keeps two
 consecutive K values in each 32-bit word: the operand shape of AVX512-BF16, and one shift or
-one mask from two float32 vectors elsewhere.
+one mask from two float32 vectors elsewhere. Panels of it may have a shorter form, which
+compact.py tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from . import compact
+from .compact import Words
 from .emit import Emit, i64, round_up
 from .isa import Isa
 from .kernel import loop
@@ -95,9 +99,19 @@ class Panels:
         return _WORD[self.dtype]
 
     @property
+    def compact(self) -> bool:
+        """Whether a panel may have its compact form, which has a row of words in front."""
+        return compact.fits(self.dtype, self.panel)
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[E, P, K/group, panel] of words."""
-        return (self.groups, self.count, self.depth, self.panel)
+        """[E, P, K/group, panel] of words; with a row more in each panel where it is `compact`."""
+        return (self.groups, self.count, self.depth + int(self.compact), self.panel)
+
+    @property
+    def stride(self) -> int:
+        """Words from one step of K to the next, in the shortest form that a panel may have."""
+        return compact.STEP if self.compact else self.panel
 
     @property
     def bias_shape(self) -> tuple[int, int, int]:
@@ -129,6 +143,11 @@ class Ahead:
     lines: int
     apart: int
 
+    def words(self, step: Any) -> Iterator[Any]:
+        """The places that a step asks for, counted from where the tile begins."""
+        for line in range(self.lines):
+            yield self.first + step * self.apart + line * _LINE
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -156,60 +175,118 @@ def tile(
 
     Sums run over the words [begin, end) of the matrix in ascending order, whatever the number
     of rows and panels: a result never depends on the tile that computed it. They start at the
-    bias when there is one. `ahead` goes with one panel.
+    bias when there is one, and rare weights of a compact panel come last. `ahead` goes with one
+    panel.
     """
-    vectors = em.isa.vectors
     em.release_registers()
+    acc = _start(em, matrix, rows, panels)
+    halves = matrix.panels.dtype == "bfloat16" and not operand.pairs
+
+    def step(k: Any, words: Words) -> None:
+        if halves:
+            _step_halves(em, matrix, source, rows, acc, k, words)
+        else:
+            _step(em, matrix, operand, source, rows, acc, k, words)
+
+    if matrix.panels.compact:
+        ask = partial(_ask, em, matrix, panels[0], ahead)
+        compact.walk(_slot(em, matrix, panels[0]), matrix.begin, matrix.end, step, ask)
+    else:
+        with loop(i64(matrix.end), i64(matrix.begin)) as k:
+            step(k, _plain(em, matrix, panels, k))
+            _ask(em, matrix, panels[0], ahead, k)
+    for at, one in enumerate(one for sums in acc for one in sums):
+        for j in range(em.isa.vectors):
+            columns = em.ramp(i64(j * em.lanes))
+            T.buffer_store(out, tirx.BufferLoad(one, [j]), [i64(at), columns])
+    em.release_registers()
+    if matrix.panels.compact:
+        _add_rare(em, matrix, operand, source, rows, panels[0], out)
+
+
+def _start(em: Emit, matrix: Matrix, rows: Sequence[Any], panels: Sequence[Any]) -> list[list[Any]]:
+    """Sums of every panel and row, at the bias or zero."""
     # One buffer a row: TVM keeps a buffer on the stack, hence in registers, only below 1 KB.
-    acc = [[T.alloc_buffer((vectors,), em.f32v) for _ in rows] for _ in panels]
+    acc = [[T.alloc_buffer((em.isa.vectors,), em.f32v) for _ in rows] for _ in panels]
     for panel, sums in zip(panels, acc, strict=True):
-        for j in range(vectors):
+        for j in range(em.isa.vectors):
             start = em.splat(0.0)
             if matrix.bias is not None:
                 at = em.ramp(i64(j * em.lanes))
                 start = em.bind(tirx.BufferLoad(matrix.bias, [matrix.group, panel, at]))
             for one in sums:
                 T.buffer_store(one, start, [j])
-    with loop(i64(matrix.end), i64(matrix.begin)) as k:
-        if matrix.panels.dtype == "bfloat16" and not operand.pairs:
-            _step_halves(em, matrix, source, rows, panels, acc, k)
-        else:
-            _step(em, matrix, operand, source, rows, panels, acc, k)
-        _ask(em, matrix, panels[0], k, ahead)
-    for w, sums in enumerate(acc):
-        for i, one in enumerate(sums):
-            for j in range(vectors):
-                at = em.ramp(i64(j * em.lanes))
-                T.buffer_store(out, tirx.BufferLoad(one, [j]), [i64(w * len(rows) + i), at])
-    em.release_registers()
+    return acc
 
 
-def _ask(em: Emit, matrix: Matrix, panel: Any, k: Any, ahead: Ahead | None) -> None:
+def _slot(em: Emit, matrix: Matrix, panel: Any) -> compact.Slot:
+    return compact.Slot(em, matrix.weights, matrix.group, panel, matrix.panels.depth)
+
+
+def _add_rare(
+    em: Emit,
+    matrix: Matrix,
+    operand: Operand,
+    source: Any,
+    rows: Sequence[Any],
+    panel: Any,
+    out: Any,
+) -> None:
+    """out[i] += source[rows[i]] times what the steps of a compact panel leave out."""
+
+    def add(k: Any, column: Any, value: Any) -> None:
+        for i, row in enumerate(rows):
+            if operand.pairs:
+                word = tirx.BufferLoad(source, [row, tirx.floordiv(k, i64(2))])
+                high = tirx.BitwiseAnd(word, tirx.const(-65536, "int32"))
+                low = tirx.LShift(word, tirx.const(16, "int32"))
+                odd = tirx.EQ(tirx.floormod(k, i64(2)), i64(1))
+                a = T.reinterpret("float32", tirx.Select(odd, high, low))
+            else:
+                a = tirx.BufferLoad(source, [row, k])
+            at = [i64(i), column]
+            new = em.intrinsic("llvm.fma", "float32", a, value, tirx.BufferLoad(out, at))
+            T.buffer_store(out, new, at)
+
+    compact.leftover(_slot(em, matrix, panel), matrix.begin, matrix.end, add)
+
+
+def _ask(em: Emit, matrix: Matrix, panel: Any, ahead: Ahead | None, k: Any) -> None:
     """The step's share of what a tile asks for."""
-    if ahead is None:
-        return
-    begin = i64(matrix.begin)
-    for line in range(ahead.lines):
-        words = ahead.first + (k - begin) * ahead.apart + line * _LINE
-        em.prefetch(matrix.weights, [matrix.group, panel, begin, words])
+    begin, panels = matrix.begin, matrix.panels
+    for words in ahead.words(k - i64(begin)) if ahead else ():
+        if panels.compact:
+            _slot(em, matrix, panel).ask(i64(begin * panels.stride) + words)
+        else:
+            em.prefetch(matrix.weights, [matrix.group, panel, i64(begin), words])
 
 
 def steady(matrix: Matrix) -> Ahead:
     """A line of each step, at a distance that stays: the rest of it the machine fetches itself."""
-    return Ahead(i64(_STEADY), 1, matrix.panels.panel)
+    return Ahead(i64(_STEADY), 1, matrix.panels.stride)
 
 
 def following(em: Emit, matrix: Matrix, block: Any) -> Ahead:
-    """Half a panel ahead, and where the block of rows with the number before left off."""
-    depth = matrix.end - matrix.begin
-    apart = _LINES * _LINE
-    first = em.bind(depth * matrix.panels.panel // 2 + block * (depth * apart))
-    return Ahead(first, _LINES, apart)
+    """Half a panel ahead, and where the block of rows with the number before left off.
+
+    Compact panels a whole one: 1 to 3 % faster with one thread, level with two.
+    """
+    depth, stride = matrix.end - matrix.begin, matrix.panels.stride
+    apart = _LINES * _LINE * stride // matrix.panels.panel
+    lead = depth * stride if matrix.panels.compact else depth * stride // 2
+    return Ahead(em.bind(i64(lead) + block * (depth * apart)), _LINES, apart)
 
 
-def _weight(em: Emit, matrix: Matrix, panel: Any, k: Any, vector: int) -> Any:
-    at = em.ramp(i64(vector * em.lanes))
-    return tirx.BufferLoad(matrix.weights, [matrix.group, panel, k, at])
+def _plain(em: Emit, matrix: Matrix, panels: Sequence[Any], k: Any) -> Words:
+    """The vectors of step k where panels have one form, panel by panel."""
+
+    def words() -> Iterator[Sequence[Any]]:
+        for panel in panels:
+            columns = [em.ramp(i64(j * em.lanes)) for j in range(em.isa.vectors)]
+            at = [[matrix.group, panel, k, ramp] for ramp in columns]
+            yield [tirx.BufferLoad(matrix.weights, one) for one in at]
+
+    return words
 
 
 def _step(
@@ -218,18 +295,17 @@ def _step(
     operand: Operand,
     source: Any,
     rows: Sequence[Any],
-    panels: Sequence[Any],
     acc: Sequence[Sequence[Any]],
     k: Any,
+    words: Words,
 ) -> None:
     """One word of K: all vectors of a panel, then row by row."""
     # Rows are loaded once for all panels when there are few, and one at a time when there are
     # many: the accumulators leave registers for one or the other.
-    few = len(panels) > 1
+    few = len(acc) > 1
     splats = [_splat(em, source, row, k) if few else None for row in rows]
-    for panel, sums in zip(panels, acc, strict=True):
-        words = [_weight(em, matrix, panel, k, j) for j in range(em.isa.vectors)]
-        ready = [_operands(em, word, matrix.panels, operand.pairs)[0] for word in words]
+    for vectors, sums in zip(words(), acc, strict=True):
+        ready = [_operands(em, word, matrix.panels, operand.pairs)[0] for word in vectors]
         for row, splat, one in zip(rows, splats, sums, strict=True):
             a = splat if few else _splat(em, source, row, k)
             for j, w in enumerate(ready):
@@ -248,15 +324,14 @@ def _step_halves(
     matrix: Matrix,
     source: Any,
     rows: Sequence[Any],
-    panels: Sequence[Any],
     acc: Sequence[Sequence[Any]],
     k: Any,
+    words: Words,
 ) -> None:
     """bfloat16 weights against float32 rows: two multiply-adds a word, vector by vector so
     that only two widened vectors are alive at a time."""
-    for panel, sums in zip(panels, acc, strict=True):
-        for j in range(em.isa.vectors):
-            word = _weight(em, matrix, panel, k, j)
+    for vectors, sums in zip(words(), acc, strict=True):
+        for j, word in enumerate(vectors):
             for half, w in enumerate(_operands(em, word, matrix.panels, False)):
                 for row, one in zip(rows, sums, strict=True):
                     a = tirx.Broadcast(tirx.BufferLoad(source, [row, k * 2 + half]), em.lanes)
