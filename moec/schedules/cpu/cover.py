@@ -122,10 +122,12 @@ def cover(
         width = _opaque(em, tirx.Select(whole, wide, i64(1)))
         passes = tirx.And(count >= i64(2), count <= i64(_MOST_PASSES))
         follows = tirx.And(passes, panel + i64(1) < end)
-        more = _opaque(em, tirx.Select(follows, i64(1), i64(0)))
         for matrix in matrices:
             with loop(count) as block:
                 first = em.bind(rows.first + block * base + tirx.Min(block, larger))
+                # A third block would ask for what lies behind all that the first two asked for.
+                early = tirx.And(follows, block < i64(2)) if matrix.panels.compact else follows
+                more = _opaque(em, tirx.Select(early, i64(1), i64(0)))
                 number = _opaque(em, base + tirx.Select(block < larger, i64(1), i64(0)))
                 for r, w, asking in shapes:
                     here = tirx.And(tirx.EQ(number, i64(r)), tirx.EQ(width, i64(w)))
