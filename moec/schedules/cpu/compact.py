@@ -1,22 +1,24 @@
 """The compact form of a bfloat16 panel: three quarters of its bytes, and not a bit lost.
 
 Few rows of activations wait for memory, and trained weights waste it: of the 256 values that the
-high byte of a bfloat16 can take (its sign and all but the last bit of its exponent), 15 are those
+high byte of a bfloat16 can take (its sign and all but the last bit of its exponent), 16 are those
 of nearly all weights of a panel, because magnitudes within a factor of 2^16 share 8 of them. So
 a step of K keeps the low bytes as they are and a code of four bits for each high byte, 48 words
-in place of 64. The rare others are zero there; they are kept beside, and their products are
-added when those of all steps are. A panel with too many of them stays plain.
+in place of 64. A rare other weight has a stand-in there, and what it is more than the stand-in
+is kept beside: products with that are added when those of all steps are. A panel that has too
+many of them, or one that is not exactly the sum of the two in float32, stays plain.
 
-The form of a panel is the same for whatever reads it, so no result depends on who does. Of an
-infinite activation and a rare weight comes NaN, as of one and zero, and not infinity.
+The stand-in has the smallest of the 16 high bytes, and zero for a low one. So it is no larger
+than the column's other weights, and adding what is missing costs no more than rounding their sum.
+The form of a panel is the same for whatever reads it, so no result depends on who does.
 
 A panel takes depth + 1 rows of 64 words whatever its form, so that sizes are known when code is
 generated; what a compact one leaves over at its end is zero and never read. In words:
 
-    0      the 16 high bytes that have codes, 0 first, four times (one vector)
+    0      the 16 high bytes that have codes, the stand-in's first, four times (one vector)
     16     number of rare weights, or -1: the panel is plain, its step k is at 64 + 64 k
     32     step k at 32 + 48 k: low bytes of vectors 0 and 1, of 2 and 3, then codes (below)
-    ...    rare weights by ascending K, two words each: 64 K + column, and the value as float32
+    ...    rare weights by ascending K, two words each: 64 K + column, and a float32: what to add
 
 Vectors 0 and 1 are joined from two vectors of bytes by vpunpcklbw and vpunpckhbw, so each group
 of 16 bytes has 8 of vector 0, then 8 of vector 1. Of the codes, byte b has that of byte b of the
@@ -103,7 +105,7 @@ class Slot:
 def walk(slot: Slot, begin: int, end: int, step: Step, ask: Callable[[Any], None]) -> None:
     """step(k, words) for the words [begin, end) of K, ascending, whatever the panel's form.
 
-    `ask(k)` goes with every compact step. Leaves out rare weights.
+    `ask(k)` goes with every compact step. What rare weights add comes with `leftover`.
     """
     em = slot.em
     plain = em.bind(slot.word(i64(COUNT)) < i64(0))
@@ -121,7 +123,7 @@ def walk(slot: Slot, begin: int, end: int, step: Step, ask: Callable[[Any], None
 
 
 def leftover(slot: Slot, begin: int, end: int, add: Callable[[Any, Any, Any], None]) -> None:
-    """add(k, column, value) for the rare weights of the words [begin, end) of K, ascending in K."""
+    """add(k, column, more) for the rare weights of the words [begin, end) of K, ascending in K."""
     em = slot.em
     with loop(em.bind(tirx.Max(slot.word(i64(COUNT)), i64(0)))) as number:
         at = em.bind(i64(rare(slot.depth)) + number * i64(2))

@@ -32,21 +32,25 @@ def shorten(em: Emit, load: Load, store: Store, depth: int) -> None:
     """Turn a slot whose rows 1 to `depth` hold a panel into the panel's form."""
     codes = T.alloc_buffer((_BYTES,), "int32")
     table = T.alloc_buffer((CODES,), "int32")
+    kept = T.alloc_buffer((2 * most_rare(depth),), "int32")
     count = _count(em, load, depth)
     number = em.bind(_choose(em, count, codes, table, PANEL * depth * 2))
+    _stand_in_first(em, codes, table)
+    short = scalar("int32", tirx.Cast("int32", number <= _i32(most_rare(depth))))
+    with when(_is(short)):
+        _find(em, load, codes, table, kept, short, depth)
     with loop(CODES) as word:
-        value = _i32(0)
-        for byte in range(4):
-            at = tirx.floormod(word, i64(4)) * i64(4) + i64(byte)
-            one = tirx.LShift(tirx.BufferLoad(table, [at]), _i32(8 * byte))
-            value = tirx.BitwiseOr(value, one)
-        store(word, value)
+        at = tirx.floormod(word, i64(4)) * i64(4)
+        store(word, _joined([tirx.BufferLoad(table, [at + i64(byte)]) for byte in range(4)]))
     with loop(FIRST, COUNT) as word:
         store(word, _i32(0))
-    short = em.bind(number <= _i32(most_rare(depth)))
-    store(i64(COUNT), em.bind(tirx.Select(short, number, _i32(PLAIN))))
-    with when(short):
-        _write(em, load, store, codes, depth)
+    store(i64(COUNT), em.bind(tirx.Select(_is(short), number, _i32(PLAIN))))
+    with when(_is(short)):
+        _write(em, load, store, codes, table, kept, tirx.Cast("int64", number), depth)
+
+
+def _is(flag: Any) -> Any:
+    return tirx.NE(tirx.BufferLoad(flag, [0]), _i32(0))
 
 
 def _count(em: Emit, load: Load, depth: int) -> Any:
@@ -70,48 +74,112 @@ def _count(em: Emit, load: Load, depth: int) -> Any:
 
 
 def _choose(em: Emit, count: Any, codes: Any, table: Any, weights: int) -> Any:
-    """Zero and the 15 most frequent other bytes into `table`, and their codes.
+    """The most frequent bytes into `table`, and their codes; how many weights have another.
 
-    Of equally frequent bytes the lowest comes first. Gives how many weights have none of them.
+    Of equally frequent bytes the lowest comes first.
     """
     with loop(_BYTES) as byte:
         T.buffer_store(codes, _i32(_RARE), [byte])
     others = scalar("int32", _i32(weights))
-
-    def take(code: Any, byte: Any) -> None:
-        left = tirx.BufferLoad(others, [0]) - tirx.BufferLoad(count, [byte])
-        T.buffer_store(others, left, [0])
-        T.buffer_store(table, byte, [code])
-        T.buffer_store(codes, tirx.Cast("int32", code), [byte])
-        T.buffer_store(count, _i32(-1), [byte])
-
-    take(i64(0), _i32(0))
-    with loop(CODES, 1) as code:
-        best = scalar("int32", _i32(1))
-        with loop(_BYTES, 2) as byte:
+    with loop(CODES) as code:
+        best = scalar("int32", _i32(0))
+        with loop(_BYTES, 1) as byte:
             leads = tirx.BufferLoad(count, [tirx.BufferLoad(best, [0])])
             with when(tirx.BufferLoad(count, [byte]) > leads):
                 T.buffer_store(best, tirx.Cast("int32", byte), [0])
-        take(code, em.bind(tirx.BufferLoad(best, [0])))
+        chosen = em.bind(tirx.BufferLoad(best, [0]))
+        left = tirx.BufferLoad(others, [0]) - tirx.BufferLoad(count, [chosen])
+        T.buffer_store(others, left, [0])
+        T.buffer_store(table, chosen, [code])
+        T.buffer_store(codes, tirx.Cast("int32", code), [chosen])
+        T.buffer_store(count, _i32(-1), [chosen])
     return tirx.BufferLoad(others, [0])
 
 
-def _write(em: Emit, load: Load, store: Store, codes: Any, depth: int) -> None:
-    """The compact steps over the plain ones, then the rare weights, then zeros."""
+def _stand_in_first(em: Emit, codes: Any, table: Any) -> None:
+    """Give code 0 to the byte of the smallest magnitude."""
+    least = scalar("int32", _i32(0))
+    with loop(CODES, 1) as code:
+        own = tirx.BitwiseAnd(tirx.BufferLoad(table, [code]), _i32(0x7F))
+        held = tirx.BufferLoad(table, [tirx.BufferLoad(least, [0])])
+        with when(own < tirx.BitwiseAnd(held, _i32(0x7F))):
+            T.buffer_store(least, tirx.Cast("int32", code), [0])
+    code = em.bind(tirx.BufferLoad(least, [0]))
+    first = em.bind(tirx.BufferLoad(table, [0]))
+    small = em.bind(tirx.BufferLoad(table, [code]))
+    T.buffer_store(table, first, [code])
+    T.buffer_store(table, small, [0])
+    T.buffer_store(codes, code, [first])
+    T.buffer_store(codes, _i32(0), [small])
+
+
+def _find(em: Emit, load: Load, codes: Any, table: Any, kept: Any, short: Any, depth: int) -> None:
+    """The rare weights into `kept`, as the slot keeps them; `short` = 0 where one would be lost."""
     step = T.alloc_buffer((PANEL,), "int32")
-    # A compact step ends before the plain step after it begins; rare weights wait elsewhere, or
-    # they would be written over plain steps that are still to be read.
-    kept = T.alloc_buffer((2 * most_rare(depth),), "int32")
     found = scalar("int64", i64(0))
+    stand_in = em.bind(_as_float(_stand_in(table)))
     with loop(depth) as k:
-        plain = em.bind(i64(PANEL) + k * i64(PANEL))
         with loop(PANEL) as c:
-            T.buffer_store(step, load(plain + c), [c])
+            T.buffer_store(step, load(i64(PANEL) + k * i64(PANEL) + c), [c])
         with when(_has_rare(em, step, codes)):
-            _keep_rare(em, step, codes, k, kept, found)
+            for half in range(2):
+                with loop(PANEL) as c:
+                    word = em.bind(tirx.BufferLoad(step, [c]))
+                    code = tirx.BufferLoad(codes, [em.bind(_byte(word, 2 * half + 1))])
+                    with when(tirx.EQ(code, _i32(_RARE))):
+                        weight = em.bind(tirx.RShift(word, _i32(16 * half)))
+                        more = em.bind(_as_float(weight) - stand_in)
+                        at = em.bind(tirx.BufferLoad(found, [0]))
+                        place = (k * i64(2) + i64(half)) * i64(PANEL) + c
+                        T.buffer_store(kept, tirx.Cast("int32", place), [at])
+                        T.buffer_store(kept, T.reinterpret("int32", more), [at + i64(1)])
+                        T.buffer_store(found, at + i64(2), [0])
+                        again = T.reinterpret("int32", em.bind(more + stand_in))
+                        with when(tirx.NE(again, tirx.LShift(weight, _i32(16)))):
+                            T.buffer_store(short, _i32(0), [0])
+
+
+def _stand_in(table: Any) -> Any:
+    """The bits of the bfloat16 that stands where a rare weight was."""
+    return tirx.LShift(tirx.BufferLoad(table, [0]), _i32(8))
+
+
+def _as_float(bits: Any) -> Any:
+    """A bfloat16, by its bits, as float32."""
+    return T.reinterpret("float32", tirx.LShift(bits, _i32(16)))
+
+
+def _write(
+    em: Emit,
+    load: Load,
+    store: Store,
+    codes: Any,
+    table: Any,
+    kept: Any,
+    number: Any,
+    depth: int,
+) -> None:
+    """The compact steps over the plain ones, then the rare weights, then zeros."""
+    with loop(number) as one:
+        place = em.bind(tirx.Cast("int64", tirx.BufferLoad(kept, [one * i64(2)])))
+        k, column = tirx.floordiv(place, i64(2 * PANEL)), tirx.floormod(place, i64(PANEL))
+        odd = tirx.EQ(tirx.floormod(tirx.floordiv(place, i64(PANEL)), i64(2)), i64(1))
+        at = em.bind(i64(PANEL) + k * i64(PANEL) + column)
+        low = tirx.BitwiseAnd(load(at), _i32(0xFFFF))
+        high = tirx.BitwiseAnd(load(at), _i32(-0x10000))
+        bits = _stand_in(table)
+        new = tirx.Select(
+            odd,
+            tirx.BitwiseOr(low, tirx.LShift(bits, _i32(16))),
+            tirx.BitwiseOr(high, bits),
+        )
+        store(at, em.bind(new))
+    step = T.alloc_buffer((PANEL,), "int32")
+    with loop(depth) as k:  # a compact step ends before the plain step after it begins
+        with loop(PANEL) as c:
+            T.buffer_store(step, load(i64(PANEL) + k * i64(PANEL) + c), [c])
         _compact_step(em, store, step, codes, em.bind(i64(FIRST) + k * i64(STEP)))
-    words = em.bind(tirx.BufferLoad(found, [0]))
-    first = i64(rare(depth))
+    first, words = i64(rare(depth)), em.bind(number * i64(2))
     with loop(words) as word:
         store(first + word, tirx.BufferLoad(kept, [word]))
     with loop(i64(PANEL * (depth + 1)), em.bind(first + words)) as word:
@@ -127,23 +195,6 @@ def _has_rare(em: Emit, step: Any, codes: Any) -> Any:
             code = tirx.BufferLoad(codes, [em.bind(_byte(word, 2 * half + 1))])
             T.buffer_store(seen, tirx.BitwiseOr(tirx.BufferLoad(seen, [0]), code), [0])
     return tirx.BufferLoad(seen, [0]) >= _i32(_RARE)
-
-
-def _keep_rare(em: Emit, step: Any, codes: Any, k: Any, kept: Any, found: Any) -> None:
-    """Move the rare weights of step k behind the `found` words in `kept`, leaving zeros."""
-    for half in range(2):
-        with loop(PANEL) as c:
-            word = em.bind(tirx.BufferLoad(step, [c]))
-            code = tirx.BufferLoad(codes, [em.bind(_byte(word, 2 * half + 1))])
-            with when(tirx.EQ(code, _i32(_RARE))):
-                at = em.bind(tirx.BufferLoad(found, [0]))
-                place = (k * i64(2) + i64(half)) * i64(PANEL) + c
-                T.buffer_store(kept, tirx.Cast("int32", place), [at])
-                value = tirx.LShift(tirx.RShift(word, _i32(16 * half)), _i32(16))
-                T.buffer_store(kept, value, [at + i64(1)])
-                T.buffer_store(found, at + i64(2), [0])
-                other = _i32(0xFFFF if half else -0x10000)
-                T.buffer_store(step, tirx.BitwiseAnd(word, other), [c])
 
 
 def _compact_step(em: Emit, store: Store, step: Any, codes: Any, at: Any) -> None:
