@@ -8,8 +8,9 @@ Every round runs the machine's own loops (reading memory, multiplying in registe
 each candidate, in a random order, on the same inputs and the same weights, so that all of them
 meet the same state of the machine; for T <= 4 the reads also flush the caches before each call.
 Reported: the median, its ratio to the best schedule of moec (above 1: moec is faster), and the
-fractions of the read bandwidth and of the arithmetic peak measured in the same rounds. Outputs
-are compared with moec's before anything is timed.
+fractions of the read bandwidth and of the arithmetic peak measured in the same rounds (a weight
+counts with the bytes of its dtype: moec may read bfloat16 at 1.33 of the bandwidth, as it packs
+them into 12 bits). Outputs are compared with moec's before anything is timed.
 
 Peers: transformers' experts (eager, grouped_mm, batched_mm), ggml as llama.cpp calls it, ONNX
 Runtime's MoE (float32 only), and OpenVINO (if it is installed) through its GatherMatmul kernels.
