@@ -18,6 +18,7 @@ Store = Callable[[Any, Any], None]
 
 _BYTES = 256
 _RARE = CODES  # in place of a code: the byte has none
+_RARES = 0x10101010  # the bit of it in each of four codes
 
 
 def _i32(value: int) -> Any:
@@ -32,13 +33,15 @@ def shorten(em: Emit, load: Load, store: Store, depth: int) -> None:
     """Turn a slot whose rows 1 to `depth` hold a panel into the panel's form."""
     codes = T.alloc_buffer((_BYTES,), "int32")
     table = T.alloc_buffer((CODES,), "int32")
+    steps = T.alloc_buffer((STEP * depth,), "int32")
     kept = T.alloc_buffer((2 * most_rare(depth),), "int32")
     count = _count(em, load, depth)
     number = em.bind(_choose(em, count, codes, table, PANEL * depth * 2))
     _stand_in_first(em, codes, table)
     short = scalar("int32", tirx.Cast("int32", number <= _i32(most_rare(depth))))
     with when(_is(short)):
-        _find(em, load, codes, table, kept, short, depth)
+        # Elsewhere: whether the panel may be written over is known when all of it was seen.
+        _compress(em, load, codes, table, steps, kept, short, depth)
     with loop(CODES) as word:
         at = tirx.floormod(word, i64(4)) * i64(4)
         store(word, _joined([tirx.BufferLoad(table, [at + i64(byte)]) for byte in range(4)]))
@@ -46,7 +49,13 @@ def shorten(em: Emit, load: Load, store: Store, depth: int) -> None:
         store(word, _i32(0))
     store(i64(COUNT), em.bind(tirx.Select(_is(short), number, _i32(PLAIN))))
     with when(_is(short)):
-        _write(em, load, store, codes, table, kept, tirx.Cast("int64", number), depth)
+        words = em.bind(tirx.Cast("int64", number) * i64(2))
+        with loop(STEP * depth) as word:
+            store(i64(FIRST) + word, tirx.BufferLoad(steps, [word]))
+        with loop(words) as word:
+            store(i64(rare(depth)) + word, tirx.BufferLoad(kept, [word]))
+        with loop(i64(PANEL * (depth + 1)), em.bind(i64(rare(depth)) + words)) as word:
+            store(word, _i32(0))
 
 
 def _is(flag: Any) -> Any:
@@ -113,35 +122,68 @@ def _stand_in_first(em: Emit, codes: Any, table: Any) -> None:
     T.buffer_store(codes, _i32(0), [small])
 
 
-def _find(em: Emit, load: Load, codes: Any, table: Any, kept: Any, short: Any, depth: int) -> None:
-    """The rare weights into `kept`, as the slot keeps them; `short` = 0 where one would be lost."""
-    step = T.alloc_buffer((PANEL,), "int32")
+def _compress(
+    em: Emit,
+    load: Load,
+    codes: Any,
+    table: Any,
+    steps: Any,
+    kept: Any,
+    short: Any,
+    depth: int,
+) -> None:
+    """All steps in their compact form into `steps`, rare weights as a slot keeps them into `kept`.
+
+    `short` = 0 where one of them would be lost.
+    """
+    pairs = PANEL // 2
+    low = T.alloc_buffer((pairs,), "int32")  # of two words, their four low bytes
+    high = T.alloc_buffer((pairs,), "int32")  # and the codes of their four high ones
     found = scalar("int64", i64(0))
-    stand_in = em.bind(_as_float(_stand_in(table)))
+    stand_in = em.bind(_as_float(tirx.LShift(tirx.BufferLoad(table, [0]), _i32(8))))
     with loop(depth) as k:
-        with loop(PANEL) as c:
-            T.buffer_store(step, load(i64(PANEL) + k * i64(PANEL) + c), [c])
-        with when(_has_rare(em, step, codes)):
+        row = em.bind(i64(PANEL) + k * i64(PANEL))
+        seen = scalar("int32", _i32(0))
+        with loop(pairs) as pair:
+            words = [em.bind(load(row + pair * i64(2) + i64(c))) for c in range(2)]
+            lows = [_byte(words[byte // 2], byte % 2 * 2) for byte in range(4)]
+            highs = [em.bind(_byte(words[byte // 2], byte % 2 * 2 + 1)) for byte in range(4)]
+            own = em.bind(_joined([tirx.BufferLoad(codes, [byte]) for byte in highs]))
+            T.buffer_store(low, _joined(lows), [pair])
+            T.buffer_store(high, own, [pair])
+            T.buffer_store(seen, tirx.BitwiseOr(tirx.BufferLoad(seen, [0]), own), [0])
+        with when(tirx.NE(tirx.BitwiseAnd(tirx.BufferLoad(seen, [0]), _i32(_RARES)), _i32(0))):
             for half in range(2):
                 with loop(PANEL) as c:
-                    word = em.bind(tirx.BufferLoad(step, [c]))
+                    word = em.bind(load(row + c))
                     code = tirx.BufferLoad(codes, [em.bind(_byte(word, 2 * half + 1))])
                     with when(tirx.EQ(code, _i32(_RARE))):
                         weight = em.bind(tirx.RShift(word, _i32(16 * half)))
-                        more = em.bind(_as_float(weight) - stand_in)
-                        at = em.bind(tirx.BufferLoad(found, [0]))
                         place = (k * i64(2) + i64(half)) * i64(PANEL) + c
-                        T.buffer_store(kept, tirx.Cast("int32", place), [at])
-                        T.buffer_store(kept, T.reinterpret("int32", more), [at + i64(1)])
-                        T.buffer_store(found, at + i64(2), [0])
-                        again = T.reinterpret("int32", em.bind(more + stand_in))
-                        with when(tirx.NE(again, tirx.LShift(weight, _i32(16)))):
-                            T.buffer_store(short, _i32(0), [0])
+                        _keep(em, weight, place, stand_in, kept, found, short)
+            with loop(pairs) as pair:
+                # Code and low byte of a stand-in are 0: clear the bytes whose code is _RARE.
+                own = em.bind(tirx.BufferLoad(high, [pair]))
+                ones = tirx.RShift(tirx.BitwiseAnd(own, _i32(_RARES)), _i32(4))
+                others = em.bind(tirx.bitwise_not(ones * _i32(0xFF)))
+                T.buffer_store(high, tirx.BitwiseAnd(own, others), [pair])
+                rest = tirx.BitwiseAnd(tirx.BufferLoad(low, [pair]), others)
+                T.buffer_store(low, rest, [pair])
+        _place(em, low, high, steps, em.bind(k * i64(STEP)))
 
 
-def _stand_in(table: Any) -> Any:
-    """The bits of the bfloat16 that stands where a rare weight was."""
-    return tirx.LShift(tirx.BufferLoad(table, [0]), _i32(8))
+def _keep(
+    em: Emit, weight: Any, place: Any, stand_in: Any, kept: Any, found: Any, short: Any
+) -> None:
+    """One rare weight behind those in `kept`."""
+    more = em.bind(_as_float(weight) - stand_in)
+    at = em.bind(tirx.BufferLoad(found, [0]))
+    T.buffer_store(kept, tirx.Cast("int32", place), [at])
+    T.buffer_store(kept, T.reinterpret("int32", more), [at + i64(1)])
+    T.buffer_store(found, at + i64(2), [0])
+    again = T.reinterpret("int32", em.bind(more + stand_in))
+    with when(tirx.NE(again, tirx.LShift(weight, _i32(16)))):
+        T.buffer_store(short, _i32(0), [0])
 
 
 def _as_float(bits: Any) -> Any:
@@ -149,73 +191,17 @@ def _as_float(bits: Any) -> Any:
     return T.reinterpret("float32", tirx.LShift(bits, _i32(16)))
 
 
-def _write(
-    em: Emit,
-    load: Load,
-    store: Store,
-    codes: Any,
-    table: Any,
-    kept: Any,
-    number: Any,
-    depth: int,
-) -> None:
-    """The compact steps over the plain ones, then the rare weights, then zeros."""
-    with loop(number) as one:
-        place = em.bind(tirx.Cast("int64", tirx.BufferLoad(kept, [one * i64(2)])))
-        k, column = tirx.floordiv(place, i64(2 * PANEL)), tirx.floormod(place, i64(PANEL))
-        odd = tirx.EQ(tirx.floormod(tirx.floordiv(place, i64(PANEL)), i64(2)), i64(1))
-        at = em.bind(i64(PANEL) + k * i64(PANEL) + column)
-        low = tirx.BitwiseAnd(load(at), _i32(0xFFFF))
-        high = tirx.BitwiseAnd(load(at), _i32(-0x10000))
-        bits = _stand_in(table)
-        new = tirx.Select(
-            odd,
-            tirx.BitwiseOr(low, tirx.LShift(bits, _i32(16))),
-            tirx.BitwiseOr(high, bits),
-        )
-        store(at, em.bind(new))
-    step = T.alloc_buffer((PANEL,), "int32")
-    with loop(depth) as k:  # a compact step ends before the plain step after it begins
-        with loop(PANEL) as c:
-            T.buffer_store(step, load(i64(PANEL) + k * i64(PANEL) + c), [c])
-        _compact_step(em, store, step, codes, em.bind(i64(FIRST) + k * i64(STEP)))
-    first, words = i64(rare(depth)), em.bind(number * i64(2))
-    with loop(words) as word:
-        store(first + word, tirx.BufferLoad(kept, [word]))
-    with loop(i64(PANEL * (depth + 1)), em.bind(first + words)) as word:
-        store(word, _i32(0))
-
-
-def _has_rare(em: Emit, step: Any, codes: Any) -> Any:
-    """Whether one of the 64 words in `step` has a rare weight; few have."""
-    seen = scalar("int32", _i32(0))
-    with loop(PANEL) as c:
-        word = em.bind(tirx.BufferLoad(step, [c]))
-        for half in range(2):
-            code = tirx.BufferLoad(codes, [em.bind(_byte(word, 2 * half + 1))])
-            T.buffer_store(seen, tirx.BitwiseOr(tirx.BufferLoad(seen, [0]), code), [0])
-    return tirx.BufferLoad(seen, [0]) >= _i32(_RARE)
-
-
-def _compact_step(em: Emit, store: Store, step: Any, codes: Any, at: Any) -> None:
-    """The compact form of the 64 words in `step` to word `at` and those after it."""
-    pairs = PANEL // 2
-    low = T.alloc_buffer((pairs,), "int32")  # of two words, their four low bytes
-    high = T.alloc_buffer((pairs,), "int32")  # and the codes of their four high ones
-    with loop(pairs) as pair:
-        words = [em.bind(tirx.BufferLoad(step, [pair * i64(2) + i64(c)])) for c in range(2)]
-        lows = [_byte(words[byte // 2], byte % 2 * 2) for byte in range(4)]
-        highs = [em.bind(_byte(words[byte // 2], byte % 2 * 2 + 1)) for byte in range(4)]
-        T.buffer_store(low, _joined(lows), [pair])
-        T.buffer_store(high, _joined([tirx.BufferLoad(codes, [b]) for b in highs]), [pair])
+def _place(em: Emit, low: Any, high: Any, steps: Any, at: Any) -> None:
+    """The bytes of a step, pair after pair of words, where a compact step has them."""
     with loop(4) as group, loop(2) as vector, loop(2) as pair:
         place = em.bind(at + group * i64(4) + vector * i64(2) + pair)
         source = em.bind(vector * i64(8) + group * i64(2) + pair)
         for half in range(2):
-            store(place + i64(LINE * half), tirx.BufferLoad(low, [source + i64(LINE * half)]))
+            own = tirx.BufferLoad(low, [source + i64(LINE * half)])
+            T.buffer_store(steps, own, [place + i64(LINE * half)])
         second = tirx.LShift(tirx.BufferLoad(high, [source + i64(LINE)]), _i32(4))
         both = tirx.BitwiseOr(tirx.BufferLoad(high, [source]), second)
-        store(place + i64(2 * LINE), both)
+        T.buffer_store(steps, both, [place + i64(2 * LINE)])
 
 
 def _joined(values: list[Any]) -> Any:
