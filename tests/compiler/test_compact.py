@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 def packed(weights: Array, gated: bool, target: str = "cpu") -> tuple[Panels, Array]:
     """[N, K] of bfloat16 bits -> the slots [P, words]."""
     rows, cols = weights.shape
-    panels = Panels(1, rows, cols, "bfloat16", gated, compact.PANEL)
+    panels = Panels(1, rows, cols, "bfloat16", gated, compact.PANEL, True)
     kernel = pack_matrix("pack", ISAS["avx512-bf16"], panels, True)
     module = compile_module({"pack": kernel.func}, resolve(target))
     out = np.full(panels.shape[1:], -1, np.int32)
@@ -159,7 +159,7 @@ def test_a_machine_without_wide_vectors_packs_too() -> None:
     _, slots = packed(weights, False)
     if missing(_requires(resolve("cpu:x86-64"))) is None:
         np.testing.assert_array_equal(packed(weights, False, "cpu:x86-64")[1], slots)
-    panels = Panels(1, 96, 257, "bfloat16", False, compact.PANEL)
+    panels = Panels(1, 96, 257, "bfloat16", False, compact.PANEL, True)
     kernel = pack_matrix("pack", ISAS["avx512-bf16"], panels, True)
     assert compile_module({"pack": kernel.func}, resolve("cpu:aarch64")).inspect_source("asm")
 

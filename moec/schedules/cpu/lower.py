@@ -25,7 +25,7 @@ from ...spec import MoESpec, SharedGate
 from ..base import Packed
 from ..buffers import Kernel, PerToken
 from ..program import Legalize, Lowering
-from . import dense, each, finish, fused, gather, norm, pack, rows, stage
+from . import compact, dense, each, finish, fused, gather, norm, pack, rows, stage
 from . import route as route_kernel
 from . import sort as sort_kernel
 from .emit import round_up
@@ -272,9 +272,9 @@ def weight_panels(spec: MoESpec, isa: Isa) -> dict[str, Panels]:
         *groups, rows, cols = parameter.shape
         gated = name == "gate_up" and spec.experts.gated
         gated |= name == "shared_gate_up" and spec.shared is not None and spec.shared.gated
-        out[name] = Panels(
-            groups[0] if groups else 1, rows, cols, parameter.dtype, gated, isa.panel
-        )
+        dtype, panel = parameter.dtype, isa.panel
+        short = name not in _SMALL and compact.fits(dtype, panel)
+        out[name] = Panels(groups[0] if groups else 1, rows, cols, dtype, gated, panel, short)
     return out
 
 
@@ -282,6 +282,8 @@ MATRICES = (
     "router", "gate_up", "down", "latent_in", "latent_out", "shared_gate_up", "shared_down",
     "shared_router",
 )  # fmt: skip
+# Nothing is gained by reading less of these, and code for two forms takes its time to generate.
+_SMALL = ("router", "shared_router")
 # Bias vectors are packed in the order of their matrix's panel columns.
 BIASES = {
     "router_bias": "router",

@@ -59,7 +59,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Panels:
-    """The packed form of `groups` matrices [N, K] (N = 2I gate rows then up rows when gated)."""
+    """The packed form of `groups` matrices [N, K] (N = 2I gate rows then up rows when gated).
+
+    Where it is `compact`, a panel may have its compact form.
+    """
 
     groups: int
     rows: int
@@ -67,6 +70,7 @@ class Panels:
     dtype: str
     gated: bool
     panel: int
+    compact: bool = False
 
     @property
     def outputs(self) -> int:
@@ -97,11 +101,6 @@ class Panels:
     def word(self) -> str:
         """The dtype of a word."""
         return _WORD[self.dtype]
-
-    @property
-    def compact(self) -> bool:
-        """Whether a panel may have its compact form, which has a row of words in front."""
-        return compact.fits(self.dtype, self.panel)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
