@@ -10,7 +10,9 @@ many of them, or one that is not exactly the sum of the two in float32, stays pl
 
 The stand-in has the smallest of the 16 high bytes, and zero for a low one. So it is no larger
 than the column's other weights, and adding what is missing costs no more than rounding their sum.
-The form of a panel is the same for whatever reads it, so no result depends on who does.
+The form of a panel is the same for whatever reads it, so no result depends on who does. Only an
+infinite activation can tell them apart: times a rare weight it may be NaN, where it would be
+infinite.
 
 A panel takes depth + 1 rows of 64 words whatever its form, so that sizes are known when code is
 generated; what a compact one leaves over at its end is zero and never read. In words:
@@ -35,6 +37,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .emit import Emit, i64
+from .isa import Isa
 from .kernel import loop, when
 
 PANEL = 64  # words: four vectors of 16
@@ -47,9 +50,9 @@ CODES = 16  # that four bits distinguish
 _PLAIN_AHEAD = 4096  # words that a plain panel asks ahead
 
 
-def fits(dtype: str, panel: int) -> bool:
-    """Whether panels of `panel` words of `dtype` have a compact form."""
-    return dtype == "bfloat16" and panel == PANEL
+def fits(isa: Isa, dtype: str) -> bool:
+    """Whether panels of `dtype` have a compact form on an instruction set."""
+    return isa.byte_lookup and isa.panel == PANEL and dtype == "bfloat16"
 
 
 def rare(depth: int) -> int:

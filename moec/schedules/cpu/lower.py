@@ -272,9 +272,9 @@ def weight_panels(spec: MoESpec, isa: Isa) -> dict[str, Panels]:
         *groups, rows, cols = parameter.shape
         gated = name == "gate_up" and spec.experts.gated
         gated |= name == "shared_gate_up" and spec.shared is not None and spec.shared.gated
-        dtype, panel = parameter.dtype, isa.panel
-        short = name not in _SMALL and compact.fits(dtype, panel)
-        out[name] = Panels(groups[0] if groups else 1, rows, cols, dtype, gated, panel, short)
+        count, dtype = groups[0] if groups else 1, parameter.dtype
+        short = name not in _SMALL and compact.fits(isa, dtype)
+        out[name] = Panels(count, rows, cols, dtype, gated, isa.panel, short)
     return out
 
 
