@@ -47,7 +47,7 @@ COUNT = 16  # the word with the number of rare weights
 PLAIN = -1  # that number where there is no compact form
 LINE = 16  # words of a cache line, and of a vector
 CODES = 16  # that four bits distinguish
-_PLAIN_AHEAD = 4096  # words that a plain panel asks ahead
+AHEAD = 4096  # words that one pass asks ahead: nearer gains less, farther no more
 
 
 def fits(isa: Isa, dtype: str) -> bool:
@@ -115,7 +115,7 @@ def walk(slot: Slot, begin: int, end: int, step: Step, ask: Callable[[Any], None
     with when(plain), loop(i64(end), i64(begin)) as k:
         row = em.bind(i64(PANEL) + k * i64(PANEL))
         step(k, _stored(slot, row))
-        slot.prefetch(row + i64(_PLAIN_AHEAD))
+        slot.prefetch(row + i64(AHEAD))
     with when(tirx.Not(plain)):
         table = em.bind(slot.load(i64(0)))
         for line in range(2):  # what `leftover` reads when the steps are done

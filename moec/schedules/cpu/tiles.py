@@ -20,14 +20,13 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from . import compact
-from .compact import Words
+from .compact import AHEAD, Words
 from .emit import Emit, i64, round_up
 from .isa import Isa
 from .kernel import loop
 
 _LINE = 16  # words of a cache line
 _LINES = 2  # that a step of a later pass asks for: with one or with four it is slower than without
-_STEADY = 4096  # words ahead that one pass asks for: nearer gains less, farther no more
 _WORD = {"float32": "float32", "float16": "float16", "bfloat16": "int32"}
 
 
@@ -262,7 +261,7 @@ def _ask(em: Emit, matrix: Matrix, panel: Any, ahead: Ahead | None, k: Any) -> N
 
 def steady(matrix: Matrix) -> Ahead:
     """A line of each step, at a distance that stays: the rest of it the machine fetches itself."""
-    return Ahead(i64(_STEADY), 1, matrix.panels.stride)
+    return Ahead(i64(AHEAD), 1, matrix.panels.stride)
 
 
 def following(em: Emit, matrix: Matrix, block: Any) -> Ahead:
