@@ -126,8 +126,13 @@ def choose(backend: Backend, names: tuple[str, ...], spec: MoESpec, target: Targ
     else:
         chosen = _usable(schedules.values(), spec, target)
     if not chosen:
-        reasons = "; ".join(f"{s.name}: {s.supports(spec, target)}" for s in schedules.values())
-        raise TargetError(f"no schedule of {target.name} computes this block", need=reasons)
+        reasons: dict[str | None, list[str]] = {}
+        for s in schedules.values():
+            reasons.setdefault(s.supports(spec, target), []).append(s.name)
+        raise TargetError(
+            f"no schedule of {target.name} computes this block",
+            need="; ".join(f"{', '.join(own)}: {reason}" for reason, own in reasons.items()),
+        )
     return _cover(chosen, spec)
 
 
