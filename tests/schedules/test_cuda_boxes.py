@@ -13,16 +13,16 @@ from moec.schedules.cuda.shapes import Matmul
 EXPERTS = 3
 
 
-def copied(box: Box, at: tuple[int, ...]) -> np.ndarray:
+def copied(box: Box, at: tuple[int, ...], item: int = 2) -> np.ndarray:
     """Element offsets in the order of shared memory; -1 where a coordinate is out of bounds."""
     rank = box.rank
-    dims, strides = box.numbers[:rank], (2, *box.numbers[rank : 2 * rank - 1])
+    dims, strides = box.numbers[:rank], (item, *box.numbers[rank : 2 * rank - 1])
     sizes = box.numbers[2 * rank - 1 : 3 * rank - 1]
     offsets = np.zeros(1, np.int64)
     inside = np.ones(1, bool)
     for dim, stride, size, first in reversed(list(zip(dims, strides, sizes, at, strict=True))):
         here = first + np.arange(size)
-        offsets = (offsets[:, None] + here * (stride // 2)).ravel()
+        offsets = (offsets[:, None] + here * (stride // item)).ravel()
         inside = (inside[:, None] & ((here >= 0) & (here < dim))).ravel()
     return np.where(inside, offsets, -1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from moec.schedules import calls
@@ -10,21 +11,22 @@ from moec.schedules.cuda import maps
 from moec.schedules.cuda.boxes import row_box
 from moec.schedules.cuda.shapes import Matmul
 
-# A driver that prints what it gets, writes a number into the map, and refuses address 64.
+# A driver that prints what it gets (of addresses the last six bits), writes a number into the map,
+# and refuses address 72.
 MAIN = r"""
 #include <stdio.h>
 static int asked;
 EXPORT int cuTensorMapEncodeTiled(map_t* map, int type, uint32_t rank, void* address,
     const uint64_t* dims, const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
     int interleave, int swizzle, int promotion, int fill) {
-  printf("%d %u", type, rank);
+  printf("%d %d %u", (int)((uintptr_t)address % 64), type, rank);
   for (uint32_t i = 0; i < rank; i++) printf(" %llu", (unsigned long long)dims[i]);
   for (uint32_t i = 0; i + 1 < rank; i++) printf(" %llu", (unsigned long long)strides[i]);
   for (uint32_t i = 0; i < rank; i++) printf(" %u", box[i]);
   for (uint32_t i = 0; i < rank; i++) printf(" %u", steps[i]);
   printf(" %d %d %d %d\n", interleave, swizzle, promotion, fill);
   memset(map, ++asked, sizeof *map);
-  return address == (void*)64 ? 7 : 0;
+  return address == (void*)72 ? 7 : 0;
 }
 int main(void) {
   static const char first[] = "@FIRST@", second[] = "@SECOND@";
@@ -51,7 +53,8 @@ int main(void) {
 
 def test_the_driver_is_asked_once_for_each_weight(tmp_path: Path) -> None:
     shape = Matmul(8, 2, 1024, 512, True, False, "bfloat16")
-    first, second = (row_box(shape, pair, 8, 4).text("bfloat16") for pair in (True, False))
+    boxes = row_box(shape, True, 8, 4), replace(row_box(shape, False, 8, 4), offset=8)
+    first, second = (box.text("bfloat16") for box in boxes)
     source, program = tmp_path / "maps.c", tmp_path / "maps"
     main = MAIN.replace("@FIRST@", first).replace("@SECOND@", second)
     source.write_text(calls.SOURCE + maps.SOURCE + main)

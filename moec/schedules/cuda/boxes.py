@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .compact import HEADER, UNIT, Layout
 from .shapes import Matmul
 
 TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -18,7 +19,7 @@ CACHE_HINT = ".L2::cache_hint"
 EVICT_FIRST, EVICT_NORMAL = 0x12F0000000000000, 0x1000000000000000
 
 NO_MAP = "the driver refused a tensor map over the weights"
-_DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+_DATA_TYPES = {"uint64": 4, "float16": 6, "bfloat16": 9}  # CUtensorMapDataType
 
 BK = 64  # columns of a K block: 128 bytes, which the swizzle spans
 
@@ -27,6 +28,9 @@ BK = 64  # columns of a K block: 128 bytes, which the swizzle spans
 # 128 rows of 128 bytes 2 %, and those of 256 rows of 128 bytes 1 % faster.
 SHORT_ROWS = (0, 3, 3, 0)
 LONG_ROWS = (0, 3, 0, 0)
+UNITS = (0, 0, 0, 0)  # of the compact form: no swizzle
+# Its maps are of words of 8 bytes: a box has 256 elements a dimension at most.
+PACKED, _WORD = "uint64", 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Box:
     `dims`, `strides` (bytes, from the second dimension on) and `box` go from the innermost
     dimension outwards, and so do `steps`: what a K step, a place among the rows of an expert (a
     tile's number, or a row) and an expert add to the coordinate. `modes`: SHORT_ROWS, LONG_ROWS.
+    `offset`: bytes from the start of the weight.
     """
 
     dims: tuple[int, ...]
@@ -43,6 +48,7 @@ class Box:
     box: tuple[int, ...]
     steps: tuple[tuple[int, int, int], ...]
     modes: tuple[int, ...] = LONG_ROWS
+    offset: int = 0
 
     @property
     def rank(self) -> int:
@@ -56,7 +62,7 @@ class Box:
 
     def text(self, dtype: str) -> str:
         """What moec_tensor_map takes (maps.py)."""
-        return " ".join(map(str, (_DATA_TYPES[dtype], self.rank, *self.numbers)))
+        return " ".join(map(str, (self.offset, _DATA_TYPES[dtype], self.rank, *self.numbers)))
 
     def at(self, k: Any, place: Any, e: Any) -> tuple[Any, ...]:
         """Coordinates of the box of a K step, a place and an expert."""
@@ -120,3 +126,25 @@ def row_box(shape: Matmul, pair: bool, rows: int, depth: int) -> Box:
         (BK, cols, K // BK, E), (row, BK * 2, cols * row), (BK, rows, depth, 1),
         ((0, 0, 0), (0, 1, 0), (depth, 0, 0), (0, 0, 1)),
     )  # fmt: skip
+
+
+def unit_box(layout: Layout, strips: int, units: int) -> Box:
+    """So many units of so many strips of a compact weight; places are strips."""
+    return Box(
+        (UNIT // _WORD, layout.units, layout.strips, layout.experts),
+        (UNIT, layout.strip_bytes, layout.expert_bytes),
+        (UNIT // _WORD, units, strips, 1),
+        ((0, 0, 0), (units, 0, 0), (0, 1, 0), (0, 0, 1)),
+        UNITS, HEADER,
+    )  # fmt: skip
+
+
+def header_box(layout: Layout, strips: int) -> Box:
+    """The headers of so many strips of a compact weight; places are strips."""
+    return Box(
+        (HEADER // _WORD, layout.strips, layout.experts),
+        (layout.strip_bytes, layout.expert_bytes),
+        (HEADER // _WORD, strips, 1),
+        ((0, 0, 0), (0, 1, 0), (0, 0, 1)),
+        UNITS,
+    )

@@ -5,7 +5,7 @@ where they are. A map depends on nothing but its address and numbers, so a kept 
 whatever lies there by then.
 """
 
-# `what` is Box.text: the data type, the rank, and the numbers.
+# `what` is Box.text: an offset, the data type, the rank, and the numbers.
 SOURCE = r"""
 #include <dlfcn.h>
 #include <stdint.h>
@@ -26,6 +26,7 @@ static int encode(map_t* map, void* address, const char* what) {
   uint32_t box[5], steps[5];
   int modes[4];
   char* at = (char*)what;
+  char* start = (char*)address + strtoull(at, &at, 10);
   int type = (int)strtol(at, &at, 10), rank = (int)strtol(at, &at, 10);
   if (!driver || rank > 5) return -1;
   for (int i = 0; i < rank; i++) dims[i] = strtoull(at, &at, 10);
@@ -33,7 +34,7 @@ static int encode(map_t* map, void* address, const char* what) {
   for (int i = 0; i < rank; i++) box[i] = (uint32_t)strtoul(at, &at, 10);
   for (int i = 0; i < rank; i++) steps[i] = (uint32_t)strtoul(at, &at, 10);
   for (int i = 0; i < 4; i++) modes[i] = (int)strtol(at, &at, 10);
-  return driver(map, type, (uint32_t)rank, address, dims, strides, box, steps, modes[0], modes[1],
+  return driver(map, type, (uint32_t)rank, start, dims, strides, box, steps, modes[0], modes[1],
                 modes[2], modes[3]);
 }
 
