@@ -6,6 +6,7 @@ machine of that kind.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from . import host
@@ -41,9 +42,18 @@ _HOST_X86 = (
     ((), "x86-64"),
 )
 # GPU architectures that there are kernels for. sm_XY is machine code; compute_80 is PTX, which
-# the driver of every later GPU translates when an artifact is loaded.
-GPUS = ("sm_90a", "sm_89", "sm_80", "compute_80")
+# the driver of every later GPU translates when an artifact is loaded. With COMPACT, the weights
+# of experts take 12 bits.
+COMPACT = "-compact"
+GPUS = ("sm_90a", f"sm_90a{COMPACT}", "sm_89", "sm_80", "compute_80")
 KINDS = ("cpu", "cuda", "metal")
+
+
+class Form(str, enum.Enum):
+    """How a GPU holds the weights of experts."""
+
+    PLAIN = "plain"  # as the checkpoint has them
+    COMPACT = "compact"  # bfloat16 in 12 bits, nothing lost
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Target:
     os: str
     arch: str
     isa: str
+    form: Form = Form.PLAIN
 
     @property
     def triple(self) -> str:
@@ -124,10 +135,12 @@ def _gpu(name: str, text: str) -> Target:
             f"unknown GPU architecture {name!r} in target {text!r}",
             need="one of " + ", ".join(GPUS),
             hint="sm_90a is the H100, the H200 and the GH200, sm_89 the L4, the L40 and the RTX "
-            "40, sm_80 the A100 and all of its generation; compute_80 is PTX for these and newer",
+            "40, sm_80 the A100 and all of its generation; compute_80 is PTX for these and newer; "
+            "sm_90a-compact holds bfloat16 weights in 12 bits",
         )
     # Host code of a GPU library is for the machines that such GPUs are mostly found in.
-    return Target(f"cuda-{name}", "cuda", "linux", _X86, name)
+    form = Form.COMPACT if name.endswith(COMPACT) else Form.PLAIN
+    return Target(f"cuda-{name}", "cuda", "linux", _X86, name.removesuffix(COMPACT), form)
 
 
 def _cpu(name: str, text: str) -> Target:

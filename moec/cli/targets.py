@@ -60,7 +60,7 @@ def targets() -> dict[str, dict[str, Any]]:
         resolved = target.resolve(f"cuda:{name}")
         table[f"cuda:{name}" + (" (= cuda)" if name == target.GPUS[0] else "")] = {
             "arch": resolved.arch,
-            "kernels": f"PTX of {name}" if name.startswith("compute") else f"cubins of {name}",
+            "kernels": _code(resolved),
             "reason": _no_gpu(resolved),
         }
     metal = target.resolve("metal")
@@ -70,6 +70,12 @@ def targets() -> dict[str, dict[str, Any]]:
         "reason": host.missing({"os": metal.os, "arch": metal.arch}),
     }
     return table
+
+
+def _code(resolved: target.Target) -> str:
+    kind = "PTX" if resolved.isa.startswith("compute") else "cubins"
+    form = ", 12 bits" if resolved.form is target.Form.COMPACT else ""
+    return f"{kind} of {resolved.isa}{form}"
 
 
 def _no_gpu(resolved: target.Target) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from .. import host, target
 from ..artifact import ArtifactWriter
 from ..checkpoint import Checkpoint
-from ..errors import ResourceError, UsageError
+from ..errors import ResourceError, TargetError, UsageError
 from ..frontend import Block, Model, outline
 from ..frontend.model import check
 from ..schedules import Backend, Chosen, backend, choose
@@ -206,5 +206,9 @@ def _pack(
         packed = build.lowered[shapes.of_layer[block.layer]].packed
         with clock("pack", f"layer {block.layer}, {done} of {len(model.blocks)}"):
             with writer.tensors(weight_file(block.layer), layout(packed)) as out:
-                pack_layer(opened, block.plan, packed, packing, out, options.allow_nonfinite)
+                try:
+                    pack_layer(opened, block.plan, packed, packing, out, options.allow_nonfinite)
+                except TargetError as error:
+                    where = f"layer {block.layer}, {error.where}"
+                    raise TargetError(error.message, where=where, hint=error.hint) from None
             opened.release()

@@ -15,6 +15,7 @@ import tvm_ffi
 from .. import host, target
 from ..artifact import TensorFileWriter, aligned
 from ..checkpoint import Checkpoint
+from ..errors import TargetError
 from ..schedules import Packed
 from ..schedules.cpu.codegen import compile_module
 from ..spec import MoESpec
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .compile import TargetBuild
 
 Array = np.ndarray[Any, np.dtype[Any]]
+PLAIN_INSTEAD = "compile for cuda:sm_90a, whose weights are as the checkpoint has them"
 
 
 class Packing:
@@ -37,15 +39,21 @@ class Packing:
         self._module = compile_module(kernels, target.resolve("cpu")) if kernels else None
         self._threads = host.cores()
 
-    def run(self, symbol: str, source: Array, out: Array) -> None:
-        """Write the packed form of `source` to `out`; both are C-contiguous."""
+    def run(self, symbol: str, source: Array, out: Array, what: str) -> None:
+        """Write the packed form of `source` to `out`; both are C-contiguous.
+
+        Raises TargetError, which names `what`, for weights that have no such form.
+        """
         assert self._module is not None
         # Canonical weights may lie at any address; the kernels load them unaligned.
         tensors = (
             tvm_ffi.from_dlpack(_raw(array), require_alignment=array.itemsize)
             for array in (source, out)
         )
-        self._module[symbol](*tensors, self._threads)
+        try:
+            self._module[symbol](*tensors, self._threads)
+        except RuntimeError as error:
+            raise TargetError(str(error), where=what, hint=PLAIN_INSTEAD) from None
 
 
 def layout(packed: Mapping[str, Packed]) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -63,17 +71,19 @@ def pack_layer(
 ) -> None:
     """Write every parameter of a layer, holding one expert in memory at a time.
 
-    Raises BadWeights for NaN and Inf (unless allowed), BadCheckpoint when a file changed.
+    Raises BadWeights for NaN and Inf (unless allowed), BadCheckpoint when a file changed,
+    TargetError for weights that the target's form does not hold.
     """
     for name, one in packed.items():
         if not one.per_expert:
             source = plan.tensor(checkpoint, one.source, allow_nonfinite=allow_nonfinite)
-            out.write(name, _packed(packing, one, source, one.shape))
+            out.write(name, _packed(packing, one, source, one.shape, name))
             continue
         slot: Array | None = None
         for expert in range(one.shape[0]):
             source = plan.expert(checkpoint, one.source, expert, allow_nonfinite=allow_nonfinite)
-            slot = _packed(packing, one, source, one.shape[1:], slot)
+            what = f"{name} of expert {expert}"
+            slot = _packed(packing, one, source, one.shape[1:], what, slot)
             out.write(name, slot)
 
 
@@ -82,12 +92,13 @@ def _packed(
     one: Packed,
     source: Array,
     shape: tuple[int, ...],
+    what: str,
     slot: Array | None = None,
 ) -> Array:
     if one.symbol is None:
         return source
     out = aligned(shape, one.dtype) if slot is None else slot
-    packing.run(one.symbol, source, out)
+    packing.run(one.symbol, source, out, what)
     return out
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..artifact import Packed
 from ..checkpoint import Checkpoint
-from ..errors import ArtifactError
+from ..errors import ArtifactError, MoecError, TargetError
 from ..weights import WeightPlan
 from . import abi
 from .libraries import Library, runtime
@@ -54,7 +54,15 @@ class Packer:
             for shape, array in zip(shapes, (raw, out), strict=True)
         ]
         function = self._library.function(packed.symbol)
-        abi.Frame(runtime(), function, tensors, [self._workers], (shapes, raw, out)).call()
+        frame = abi.Frame(runtime(), function, tensors, [self._workers], (shapes, raw, out))
+        try:
+            frame.call()
+        except MoecError as error:
+            own = packed.source if expert is None else f"{packed.source} of expert {expert}"
+            raise TargetError(
+                f"{own} cannot be packed for this target: {error.where}",
+                hint="compile for a target that has weights as they are, such as cuda:sm_90a",
+            ) from None
 
 
 def _mismatch(packed: Packed, raw: Array, out: Array) -> ArtifactError:

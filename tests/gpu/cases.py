@@ -163,5 +163,19 @@ PORTABLE: dict[str, Row] = {
     for name, (spec, schedules) in CASES.items()
     if {"mma16", "mma64", "plain"} & {*schedules}
 }
+# In an artifact with compact weights: the cases that have them, and one whose weights are not
+# all of a size, so that some are exceptions and a strip has more of them than it has room for.
+UNEVEN = "uneven weights"
+COMPACT: dict[str, Row] = {
+    name: (spec, tuple(n for n in schedules if n in HOPPER))
+    for name, (spec, schedules) in CASES.items()
+    if spec.dtype == "bfloat16" and {*schedules} & {*HOPPER}
+    and not (spec.experts.width % 64 or spec.experts.intermediate_size % 64)
+}  # fmt: skip
+COMPACT[UNEVEN] = (block("bfloat16", 16, 4, 256, 192), HOPPER)
 # What an artifact is compiled for, and its layers.
-ARTIFACTS = {"hopper": ("cuda:sm_90a", CASES), "portable": ("cuda:compute_80", PORTABLE)}
+ARTIFACTS = {
+    "hopper": ("cuda:sm_90a", CASES),
+    "compact": ("cuda:sm_90a-compact", COMPACT),
+    "portable": ("cuda:compute_80", PORTABLE),
+}

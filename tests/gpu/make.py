@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.blocks import Small, build
+from moec.spec import MoESpec
+from tests.blocks import Small, build, random_parameters
 
 from . import cases, families
 from .data import ROUTINGS, digest, inputs, sample
@@ -35,11 +36,24 @@ def expected(small: Small, tokens: int) -> dict[str, Array]:
     return out
 
 
+def uneven(spec: MoESpec) -> dict[str, Array]:
+    """Parameters some of whose weights are tiny, zero, or large."""
+    made = random_parameters(spec)
+    made["gate_up"][:, 3, 5:45] *= 2.0**-60
+    made["gate_up"][:, -2, 100:107] *= 2.0**20
+    made["down"][:, 9, ::16] = 0.0
+    made["down"][::2, 64:128, 77] *= 2.0**-100
+    return made
+
+
 def make(out: Path) -> None:
     """Write an artifact for each target, and the expected results of its layers."""
     out.mkdir(parents=True, exist_ok=True)
     for name, (target, table) in cases.ARTIFACTS.items():
-        blocks = [Small(spec, schedules) for spec, schedules in table.values()]
+        blocks = [
+            Small(spec, schedules, parameters=uneven(spec) if own == cases.UNEVEN else {})
+            for own, (spec, schedules) in table.items()
+        ]
         made = build(blocks, out / f"{name}.moec", target)
         results = {
             f"{n}/{tokens}/{key}": value

@@ -14,7 +14,8 @@ import torch
 import moec
 from moec.errors import InputError, TargetError
 
-from .run import Case, load, poisoned
+from .cases import COMPACT
+from .run import Case, limit_tokens, load, poisoned
 
 GRAPHED = ("gather", "stream16", "stream64", "stream160", "mma16", "simple", "loop")
 
@@ -107,6 +108,18 @@ def test_an_artifact_that_is_loaded_again(folder: Path) -> None:
         gc.collect()
         results.append(model[layer](x))
     assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 150, 700])
+def test_compact_weights_give_the_same_bits(folder: Path, tokens: int) -> None:
+    plain, compact = load(folder, "hopper"), load(folder, "compact")
+    for name in compact.keys() & plain.keys():
+        given = {n: v[:tokens].contiguous() for n, v in plain[name].inputs(2048).items()}
+        x, extra = given["x"], {n: given[n] for n in plain[name].extra}
+        for schedule in COMPACT[name][1]:
+            if limit_tokens(schedule, tokens):
+                results = [c[name].block(x, schedule=schedule, **extra) for c in (plain, compact)]
+                assert torch.equal(*results), (name, schedule)
 
 
 def launches(call: Any) -> int:

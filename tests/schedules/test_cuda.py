@@ -23,7 +23,7 @@ from moec.errors import TargetError
 from moec.runtime import cuda
 from moec.schedules import backend, choose
 from moec.schedules import cuda as own
-from moec.schedules.cuda import mma, stream, toolchain
+from moec.schedules.cuda import mma, shrink, stream, toolchain
 from moec.spec import (
     ActivationSpec,
     ApplyTo,
@@ -108,6 +108,7 @@ TABLE = MoESpec(
 # What is compiled: a block, the schedules of it (none: those that are chosen), the architecture.
 BUILDS = {
     "all of Hopper": (block(), (), "sm_90a"),
+    "compact": (block(hidden=256), (), "sm_90a-compact"),
     "float16, biases": (BIASED, ("gather", "stream160"), "sm_90a"),
     "odd, no gate": (MIXER, ("stream16",), "sm_90a"),
     "shared expert": (GROUPED, ("mma64",), "sm_90a"),
@@ -127,7 +128,8 @@ def test_every_kernel_is_machine_code_without_spills(name: str, tmp_path: Path) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toolchain, "compiling", watched(toolchain.compiling, seen))
         own.BACKEND.build(made.functions, target.resolve(f"cuda:{arch}"), tmp_path / "m.so")
-    device = {s for s, k in made.kernels.items() if "moec.host" not in (k.func.attrs or {})}
+    on_host = {"moec.host", shrink.PACKS}
+    device = {s for s, k in made.kernels.items() if not any(a in k.func.attrs for a in on_host)}
     assert {f"{symbol}_kernel" for symbol in device if arch != "compute_80"} == {*seen}
     for symbol, used in seen.items():
         assert used.spills == 0 and used.stack == 0, symbol
@@ -157,14 +159,15 @@ def test_decode_takes_two_launches_and_the_others_four() -> None:
 @pytest.mark.parametrize("arch", target.GPUS)
 @pytest.mark.parametrize("names", [(), ("fused",)])
 def test_every_token_count_has_one_variant(arch: str, names: tuple[str, ...]) -> None:
-    for spec in (block(), BIASED, RARE, TABLE, block(hidden=40, inner=24)):
+    compact = arch.endswith(target.COMPACT)
+    for spec in (block(), *(() if compact else (BIASED, RARE, TABLE, block(hidden=40, inner=24)))):
         chosen = choose(backend("cuda"), names, spec, target.resolve(f"cuda:{arch}"))
         spans = sorted((tokens.low, tokens.high) for _, tokens in chosen if tokens)
         assert spans[0][0] == 0 and spans[-1][1] is None
         assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         kinds = {s.name for s, _ in chosen}
-        assert not kinds & {"simple", "loop", *(("mma16", "mma64") if arch == "sm_90a" else ())}
-        if arch != "sm_90a":
+        assert not kinds & {"simple", "loop", *(("mma16", "mma64") if arch[:5] == "sm_90" else ())}
+        if arch[:5] != "sm_90":
             assert kinds <= {"mma16", "mma64", "plain"}
 
 

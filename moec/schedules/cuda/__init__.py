@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...spec import ApplyTo, MoESpec
-from ...target import Target
+from ...target import Form, Target, resolve
 from ..base import Backend, Packed, Schedule, TokenRange
 from ..buffers import Kernel
+from ..cpu.codegen import compile_module
 from ..linking import find_linker, link
 from ..passes.fold_activation import FoldActivation
 from ..passes.fold_combine import FoldCombine
@@ -21,7 +22,8 @@ from ..passes.fold_gather import FoldGather
 from ..passes.fold_reduce import FoldReduce
 from ..passes.index_experts import IndexExperts
 from ..passes.loop_experts import LoopExperts
-from . import maps, mma, route, sort
+from . import maps, mma, route, shrink, sort
+from .compact import COLUMNS, Layout
 from .decode import MAX_TOKENS
 from .host import entry
 from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
@@ -30,6 +32,7 @@ from .stream import StreamConfig
 
 _FOLDED = (FoldGather, FoldActivation, FoldReduce, FoldCombine)
 _HOPPER = "sm_90a"
+_HOST = "x86-64"  # what packs when weights stayed in the checkpoint: any machine with a GPU
 
 
 def _any(spec: MoESpec, target: Target) -> str | None:
@@ -58,9 +61,27 @@ def _any_tensor_cores(spec: MoESpec, target: Target) -> str | None:
 
 
 def _tensor_cores(spec: MoESpec, target: Target) -> str | None:
+    e = spec.experts
     if target.isa != _HOPPER:
         return f"{target.isa} has no wgmma or no TMA, {_HOPPER} has"
+    if target.form is Form.COMPACT:
+        if spec.dtype != "bfloat16":
+            return f"weights of {spec.dtype} have no compact form, those of bfloat16 do"
+        if e.width % COLUMNS or e.intermediate_size % COLUMNS:
+            sizes = f"width = {e.width} or I = {e.intermediate_size}"
+            return f"{sizes} is no multiple of {COLUMNS}, the columns of a compact unit"
     return _any_tensor_cores(spec, target)
+
+
+def _plain_form(spec: MoESpec, target: Target) -> str | None:
+    """What the kernels that read the canonical layout do not compute."""
+    if target.form is Form.COMPACT:
+        return "reads plain weights, and this target holds compact ones"
+    return _any(spec, target)
+
+
+def _portable_form(spec: MoESpec, target: Target) -> str | None:
+    return _plain_form(spec, target) or _any_tensor_cores(spec, target)
 
 
 def _decode(spec: MoESpec, target: Target) -> str | None:
@@ -79,9 +100,11 @@ def _decode(spec: MoESpec, target: Target) -> str | None:
 
 
 def _plain(spec: MoESpec, target: Target) -> str | None:
+    if reason := _plain_form(spec, target):
+        return reason
     if _any_tensor_cores(spec, target) is None:
         return "the tensor-core kernels compute this block"
-    return _any(spec, target)
+    return None
 
 
 def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
@@ -94,12 +117,14 @@ def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
     return span
 
 
-def _stream(config: StreamConfig, rows: float, grid: Grid = Grid.BLOCK) -> Schedule:
+def _stream(
+    config: StreamConfig, compact: StreamConfig, rows: float, grid: Grid = Grid.BLOCK
+) -> Schedule:
     grain = 8 if config.widths else 0
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
-        _FOLDED, CudaConfig("stream", config, config.rows, grain, grid),
+        _FOLDED, CudaConfig("stream", config, config.rows, grain, grid, compact=compact),
         TokenRange(_DECODE), True, _tensor_cores, _from(rows),
     )  # fmt: skip
 
@@ -115,11 +140,12 @@ def _portable(
     return Schedule(
         name, "cuda", f"mma.sync and cp.async, tiles of {tiles.rows} tokens: before Hopper",
         _FOLDED, CudaConfig("mma", tiles, tiles.rows, sorted_by=grid),
-        tokens, True, _any_tensor_cores, span, frozenset({_HOPPER}),
+        tokens, True, _portable_form, span, frozenset({_HOPPER}),
     )  # fmt: skip
 
 
 _DECODE = MAX_TOKENS + 1
+_UP_TO_64, _UP_TO_160 = (16, 32, 48, 64), (48, 72, 96, 112, 128, 136, 152, 160)
 _SIMPLE = CudaConfig("simple", sorted_by=Grid.COUNTED)
 SCHEDULES = {
     schedule.name: schedule
@@ -130,10 +156,14 @@ SCHEDULES = {
             (*_FOLDED, IndexExperts), CudaConfig("decode", few=True), TokenRange(0, _DECODE), True,
             _decode,
         ),
-        _stream(StreamConfig(16, depth=2, stages=5), 0.0),
-        _stream(StreamConfig(32, depth=2), 6.25),
-        _stream(StreamConfig(64, (16, 32, 48, 64), depth=2), 17.0, Grid.CLUSTER),
-        _stream(StreamConfig(160, (48, 72, 96, 112, 128, 136, 152, 160), 2), 44.0, Grid.CLUSTER),
+        _stream(StreamConfig(16, depth=2, stages=5), StreamConfig(16, depth=2), 0.0),
+        _stream(StreamConfig(32, depth=2), StreamConfig(32, (16, 24, 32), depth=2), 6.25),
+        _stream(
+            StreamConfig(64, _UP_TO_64, depth=2), StreamConfig(64, _UP_TO_64, 2), 17.0,
+            Grid.CLUSTER,
+        ),
+        _stream(StreamConfig(160, _UP_TO_160, 2), StreamConfig(160, _UP_TO_160, 2), 44.0,
+                Grid.CLUSTER),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(
@@ -142,29 +172,35 @@ SCHEDULES = {
         ),
         Schedule(
             "simple", "cuda", "float32 multiply-add for any block, all experts in a launch",
-            _FOLDED, _SIMPLE, None, True, _any,
+            _FOLDED, _SIMPLE, None, True, _plain_form,
         ),
         Schedule(
             "loop", "cuda", "one expert at a time, float32 multiply-add: the baseline",
-            (FoldGather, FoldActivation, FoldReduce, LoopExperts), _SIMPLE, None, True, _any,
+            (FoldGather, FoldActivation, FoldReduce, LoopExperts), _SIMPLE, None, True,
+            _plain_form,
         ),
     )
 }  # fmt: skip
 
 
 def _open(spec: MoESpec, target: Target, prefix: str) -> CudaLowering:
-    return CudaLowering(spec, prefix, target.isa == _HOPPER)
+    return CudaLowering(spec, prefix, target.isa == _HOPPER, target.form)
 
 
 def _packing(
     spec: MoESpec, target: Target, prefix: str
 ) -> tuple[dict[str, Packed], dict[str, Kernel]]:
-    """Every parameter is bound as it is: the kernels read the canonical layout."""
-    packed = {
-        name: Packed(name, p.shape, p.dtype, None, len(p.shape) == 3)
-        for name, p in spec.parameters().items()
-    }
-    return packed, {}
+    """Parameters are bound as they are, but for the weights of experts in their compact form."""
+    packed, kernels = {}, {}
+    for name, p in spec.parameters().items():
+        per_expert = len(p.shape) == 3
+        packed[name] = Packed(name, p.shape, p.dtype, None, per_expert)
+        if target.form is Form.COMPACT and name in ("gate_up", "down"):
+            symbol, layout = f"{prefix}_pack_{name}", Layout(*p.shape)
+            gated = name == "gate_up" and spec.experts.gated
+            kernels[symbol] = shrink.pack(symbol, layout, gated)
+            packed[name] = Packed(name, layout.shape, "int32", symbol, per_expert)
+    return packed, kernels
 
 
 def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
@@ -172,13 +208,17 @@ def _build(functions: Mapping[str, Any], target: Target, path: Path) -> None:
 
     from . import pipeline, toolchain
 
-    kernels = [name for name, f in functions.items() if "moec.host" not in (f.attrs or {})]
+    packers = {name: f for name, f in functions.items() if shrink.PACKS in (f.attrs or {})}
+    others = {name: f for name, f in functions.items() if name not in packers}
+    kernels = [name for name, f in others.items() if "moec.host" not in (f.attrs or {})]
     find_linker(target)  # before the code is generated
     number = toolchain.generation(target.isa)
     arch = _HOPPER if target.isa == _HOPPER else f"sm_{number}"  # TVM knows no compute_XY
     dependent = kernels if number >= toolchain.HOPPER else []
     with toolchain.compiling(target.isa):
-        library = pipeline.build(tvm.IRModule(dict(functions)), arch, dependent)
+        library = pipeline.build(tvm.IRModule(others), arch, dependent)
+    if packers:
+        library.mod.import_module(compile_module(packers, resolve(f"cpu:{_HOST}")))
     link(library, target, path, [maps.SOURCE])
     toolchain.assert_cubin(path.read_bytes())
 

@@ -6,47 +6,28 @@ of shared-memory stages by TMA, and the warps share out a box's K chunks. The fi
 splits all (active expert, gate/up pair)s evenly over the multiprocessors. The second owns
 output columns, weighs the experts of a token and adds them up in registers, in ascending
 expert order: bitwise repeatable. It starts loading its weights while the first still runs.
+
+Of compact weights (compact.py) a box holds two strips of eight rows, whose chunks the warps expand
+in registers instead of reading them by ldmatrix; columns are shared out by strips.
 """
 
 # The TVMScript parser reads the annotations of locals itself: no `from __future__` here.
-from dataclasses import dataclass
-
 from tvm.script import tirx as T
 
 from ...spec import ActivationSpec
+from ...target import Form
 from ..buffers import Buf, Kernel, PerToken
+from . import compact
 from .activation import device_function
-from .boxes import BK, CACHE_HINT, EVICT_FIRST, NO_MAP, TMA, row_box
+from .boxes import CACHE_HINT, EVICT_FIRST, NO_MAP, PACKED, TMA, header_box, row_box, unit_box
+from .compact import HEADER, HELD, STRIP, UNIT
+from .decode_config import CHUNK, DecodeConfig
 from .intrinsics import BARRIER_WAIT, fresh
 from .shapes import Matmul
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
-MAX_TOKENS, CHUNK = 8, BK
+MAX_TOKENS = 8
 SUMS = 4  # tiles that wait for the finishing warp of the first kernel at most
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """`chunks` of 64 columns of K a box (one a warp; divides K / 64), ring `stages`.
-
-    `ahead`: boxes whose activations the second kernel loads at a time.
-    """
-
-    chunks: int = 8
-    stages: int = 6
-    ahead: int = 3
-
-
-def chunks_of(width: int) -> int:
-    """Chunks a box for a K of `width`: the divisor of width / 64 nearest to 12, at most 16."""
-    blocks = width // CHUNK
-    return min((c for c in range(1, 17) if blocks % c == 0), key=lambda c: abs(c - 12))
-
-
-def fitting(width: int, kilobytes: int) -> DecodeConfig:
-    """The config for a K of `width` whose ring takes so much shared memory."""
-    chunks = chunks_of(width)
-    return DecodeConfig(chunks, max(2, kilobytes // (2 * chunks)), 3)
 
 
 def _buffers(experts: int, top_k: int) -> tuple[Buf, Buf]:
@@ -76,15 +57,21 @@ def gate_up(
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
     NA = min(E, MAX_TOKENS * K)
     WROWS = I * HALVES
-    TX = KO * 16 * CHUNK * 2
-    BOX = row_box(shape, PAIR, OUT, KO)
+    COMPACT, LAYOUT = shape.form is Form.COMPACT, shape.layout
+    EXPERT, STRIPPED = LAYOUT.expert_bytes // 4, LAYOUT.strips * LAYOUT.strip_bytes // 4
+    TX = KO * (2 * UNIT if COMPACT else 16 * CHUNK * 2)
+    BOX = unit_box(LAYOUT, 2, KO) if COMPACT else row_box(shape, PAIR, OUT, KO)
+    HEADERS = header_box(LAYOUT, 2)
+    HEADS = 2 + -(-ST // NCH) if COMPACT else 0  # tiles whose headers are kept
+    MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     LOAD = TMA.format(BOX.rank) + CACHE_HINT
+    LOAD_HEADS = TMA.format(HEADERS.rank)
     MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{SHORT}.{SHORT}.f32"
     ACT, ACT_SRC = device_function(act, PAIR)
 
     # fmt: off
     @T.prim_func
-    def kernel(x_p: T.handle(DT), ids_p: T.handle("int32"), w_p: T.handle(DT), bias_p: T.handle("float32"), h_p: T.handle(DT), tokens: T.int64, threads: T.int64):
+    def kernel(x_p: T.handle(DT), ids_p: T.handle("int32"), w_p: T.handle(WT), bias_p: T.handle("float32"), h_p: T.handle(DT), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
         X = T.decl_buffer((NT, H), DT, data=x_p)
@@ -92,7 +79,11 @@ def gate_up(
         BIASV = T.decl_buffer((E * WROWS,), "float32", data=bias_p)
         HOUT = T.decl_buffer((NT * K, I), DT, data=h_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        assert T.call_extern("int32", "moec_tensor_map", W_map, w_p, BOX.text(DT)) == 0, NO_MAP
+        assert T.call_extern("int32", "moec_tensor_map", W_map, w_p, BOX.text(MAPPED)) == 0, NO_MAP
+        if COMPACT:
+            PACKED_W = T.decl_buffer((E * EXPERT,), "int32", data=w_p)
+            H_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            assert T.call_extern("int32", "moec_tensor_map", H_map, w_p, HEADERS.text(MAPPED)) == 0, NO_MAP
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -101,7 +92,11 @@ def gate_up(
         wid: T.int32 = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), tid // 32, 0, 32)
         lane = T.meta_var(tid % 32)
         pool = T.SMEMPool()
-        ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
+        if COMPACT:
+            units = pool.alloc((ST, 2, KO, UNIT), "uint8", align=128)
+            heads = pool.alloc((HEADS, 2, HEADER), "uint8", align=128)
+        else:
+            ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
         red = pool.alloc((SUMS, NW, 32, 4), "float32", align=16)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
@@ -174,10 +169,18 @@ def gate_up(
 
         g = T.meta_var(lane // 4)
         q = T.meta_var(lane % 4)
+        hslot: T.int32 = 0
         s4 = T.alloc_local((4,), "float32")
         t4 = T.alloc_local((4,), "float32")
         slot4: T.int32 = 0
         phase4: T.int32 = 0
+
+        @T.inline
+        def next_heads():
+            if COMPACT:
+                hslot += 1
+                if hslot == HEADS:
+                    hslot = 0
 
         # sums of a tile go to the finishing warp through a ring of their own
         @T.inline
@@ -193,9 +196,19 @@ def gate_up(
                     locate()
                     for c in T.serial(NCH):
                         wait(empty.ptr_to([stage]), phase ^ 1)
-                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
-                        T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *BOX.at(c, i0, active[slot]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+                        if COMPACT:
+                            place = T.meta_var(i0 // 4 if PAIR else i0 // 8)
+                            if c == 0:
+                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX + 2 * HEADER))
+                                T.ptx[LOAD_HEADS](heads.ptr_to([hslot, 0, 0]), T.address_of(H_map), *HEADERS.at(0, place, active[slot]), full.ptr_to([stage]))
+                            else:
+                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
+                            T.ptx[LOAD](units.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *BOX.at(c, place, active[slot]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+                        else:
+                            T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
+                            T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *BOX.at(c, i0, active[slot]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
                         advance()
+                    next_heads()
                     p += sms
         elif wid == NW + 1:
             while p < end:
@@ -241,6 +254,8 @@ def gate_up(
             xf = T.alloc_local((NCH * 8,), "uint32")
             a = T.alloc_local((4,), "uint32")
             acc = T.alloc_local((8,), "float32")
+            wide = T.alloc_local((16,), "uint32")
+            held = T.alloc_local((HELD,), "uint32")
             for i in T.unroll(NCH * 8):
                 xf[i] = T.uint32(0)
             if g < NT:
@@ -253,8 +268,17 @@ def gate_up(
                     acc[i] = T.float32(0)
                 for c in T.unroll(NCH):
                     wait(full.ptr_to([stage]), phase)
+                    if COMPACT:
+                        pool_of = T.meta_var(PACKED_W.ptr_to([T.Cast("int64", active[slot]) * EXPERT + STRIPPED]))
+                        if c == 0:
+                            compact.start(held.ptr_to([0]), (heads.ptr_to([hslot, 0, 0]), heads.ptr_to([hslot, 1, 0])))
+                        compact.expand(2, wide.ptr_to([0]), held.ptr_to([0]), (units.ptr_to([stage, 0, wid, 0]), units.ptr_to([stage, 1, wid, 0])), (heads.ptr_to([hslot, 0, 0]), heads.ptr_to([hslot, 1, 0])), pool_of, (c * KO + wid) * 2, compact.rare(held.ptr_to([0]), (c * KO + wid) * 2, 2))
                     for s in T.unroll(4):
-                        T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid, lane % 16, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
+                        if COMPACT:
+                            for i in T.unroll(4):
+                                a[i] = wide[s * 4 + i]
+                        else:
+                            T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid, lane % 16, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
                         z = T.meta_var(s % 2 * 4)
                         T.ptx[MMA](acc[z], acc[z + 1], acc[z + 2], acc[z + 3], a[0], a[1], a[2], a[3], xf[c * 8 + s * 2], xf[c * 8 + s * 2 + 1], acc[z], acc[z + 1], acc[z + 2], acc[z + 3])
                     T.cuda.warp_sync()
@@ -265,6 +289,7 @@ def gate_up(
                 T.ptx["st.shared.v4.f32"](red.ptr_to([slot4, wid, lane, 0]), acc[0] + acc[4], acc[1] + acc[5], acc[2] + acc[6], acc[3] + acc[7])
                 T.ptx.mbarrier.arrive.shared.b64(summed.ptr_to([slot4]), T.uint32(1))
                 next_sum()
+                next_heads()
                 p += sms
     # fmt: on
     args = (
@@ -290,7 +315,10 @@ def down(
     KO, ST, GP = config.chunks, config.stages, config.ahead
     NW, NCH = KO, I // CHUNK // KO
     THREADS = NW * 32 + 32
-    MOST = -(-H // sms)  # columns of a block
+    COMPACT, LAYOUT = shape.form is Form.COMPACT, shape.layout
+    EXPERT, STRIPPED = LAYOUT.expert_bytes // 4, LAYOUT.strips * LAYOUT.strip_bytes // 4
+    GRAIN = STRIP if COMPACT else 1  # columns are shared out by so many
+    MOST = -(-H // GRAIN // sms) * GRAIN  # columns of a block
     NCT = -(-MOST // 16)
     LAST = 8 if MOST - (NCT - 1) * 16 <= 8 else 16
     NWORD, NPC = -(-E // 32), -(-MAX_TOKENS * K // 32)
@@ -298,13 +326,19 @@ def down(
     WHOLE, REST = row_box(shape, False, 16, KO), row_box(shape, False, LAST, KO)
     LOAD = TMA.format(WHOLE.rank) + CACHE_HINT
     LENGTH = KO * CHUNK * 2  # bytes of a row of a box
+    if COMPACT:
+        WHOLE, REST, LENGTH = unit_box(LAYOUT, 2, KO), unit_box(LAYOUT, 1, KO), KO * UNIT // STRIP
+    HEADERS, LONE = header_box(LAYOUT, 2), header_box(LAYOUT, 1)
+    HEADS = 2 + -(-ST // (NCH * NCT)) if COMPACT else 0  # experts whose headers are kept
+    MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
+    LOAD_HEADS = TMA.format(HEADERS.rank)
     FW = max(NCT, 1)
     MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{SHORT}.{SHORT}.f32"
     SCALED = scale != 1.0
 
     # fmt: off
     @T.prim_func
-    def kernel(h_p: T.handle(DT), ids_p: T.handle("int32"), wts_p: T.handle("float32"), w_p: T.handle(DT), bias_p: T.handle("float32"), y_p: T.handle(out), tokens: T.int64, threads: T.int64):
+    def kernel(h_p: T.handle(DT), ids_p: T.handle("int32"), wts_p: T.handle("float32"), w_p: T.handle(WT), bias_p: T.handle("float32"), y_p: T.handle(out), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
         HIN = T.decl_buffer((NT * K, I), DT, data=h_p)
@@ -313,10 +347,16 @@ def down(
         BIASV = T.decl_buffer((E * H,), "float32", data=bias_p)
         Y = T.decl_buffer((NT, H), out, data=y_p)
         W_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        assert T.call_extern("int32", "moec_tensor_map", W_map, w_p, WHOLE.text(DT)) == 0, NO_MAP
-        if LAST < 16:
+        assert T.call_extern("int32", "moec_tensor_map", W_map, w_p, WHOLE.text(MAPPED)) == 0, NO_MAP
+        if COMPACT:
+            PACKED_W = T.decl_buffer((E * EXPERT,), "int32", data=w_p)
+            H_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            assert T.call_extern("int32", "moec_tensor_map", H_map, w_p, HEADERS.text(MAPPED)) == 0, NO_MAP
+            LH_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            assert T.call_extern("int32", "moec_tensor_map", LH_map, w_p, LONE.text(MAPPED)) == 0, NO_MAP
+        if LAST < 16 or COMPACT:
             L_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-            assert T.call_extern("int32", "moec_tensor_map", L_map, w_p, REST.text(DT)) == 0, NO_MAP
+            assert T.call_extern("int32", "moec_tensor_map", L_map, w_p, REST.text(MAPPED)) == 0, NO_MAP
         else:
             L_map = W_map
 
@@ -327,7 +367,11 @@ def down(
         wid: T.int32 = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), tid // 32, 0, 32)
         lane = T.meta_var(tid % 32)
         pool = T.SMEMPool()
-        ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
+        if COMPACT:
+            units = pool.alloc((ST, 2, KO, UNIT), "uint8", align=128)
+            heads = pool.alloc((HEADS, NCT, 2, HEADER), "uint8", align=128)
+        else:
+            ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
         red = pool.alloc((NCT, NW, 32, 4), "float32", align=16)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
@@ -385,26 +429,53 @@ def down(
                 stage = 0
                 phase = phase ^ 1
 
-        col0: T.int32 = bx * H // sms
-        ncol: T.int32 = (bx + 1) * H // sms - col0
+        col0: T.int32 = bx * (H // GRAIN) // sms * GRAIN
+        ncol: T.int32 = (bx + 1) * (H // GRAIN) // sms * GRAIN - col0
+
+        @T.inline
+        def load_rows(c, ct, e):
+            wait(empty.ptr_to([stage]), phase ^ 1)
+            if ct == NCT - 1:
+                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(LAST * LENGTH))
+                T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(L_map), *WHOLE.at(c, col0 + ct * 16, e), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+            else:
+                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(16 * LENGTH))
+                T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *WHOLE.at(c, col0 + ct * 16, e), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+            advance()
+
+        @T.inline
+        def load_strips(of_units, of_headers, box, headers, count, c, ct, place, slot, e):
+            if c == 0:
+                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(count * (KO * UNIT + HEADER)))
+                T.ptx[LOAD_HEADS](heads.ptr_to([slot, ct, 0, 0]), T.address_of(of_headers), *headers.at(0, place, e), full.ptr_to([stage]))
+            else:
+                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(count * KO * UNIT))
+            T.ptx[LOAD](units.ptr_to([stage, 0, 0, 0]), T.address_of(of_units), *box.at(c, place, e), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
 
         if wid == NW:
             if lane == 0:
                 for j in T.serial(count):
                     for c in T.serial(NCH):
                         for ct in T.unroll(NCT):
-                            wait(empty.ptr_to([stage]), phase ^ 1)
-                            if ct == NCT - 1:
-                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(LAST * LENGTH))
-                                T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(L_map), *WHOLE.at(c, col0 + ct * 16, active[j]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
+                            if COMPACT:
+                                # of the last two strips of the block's columns there may be one, or none
+                                if ct * 16 < ncol:
+                                    wait(empty.ptr_to([stage]), phase ^ 1)
+                                    place: T.int32 = (col0 + ct * 16) // STRIP
+                                    slot: T.int32 = j % HEADS
+                                    if ct * 16 + STRIP < ncol:
+                                        load_strips(W_map, H_map, WHOLE, HEADERS, 2, c, ct, place, slot, active[j])
+                                    else:
+                                        load_strips(L_map, LH_map, REST, LONE, 1, c, ct, place, slot, active[j])
+                                    advance()
                             else:
-                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(16 * LENGTH))
-                                T.ptx[LOAD](ring.ptr_to([stage, 0, 0, 0]), T.address_of(W_map), *WHOLE.at(c, col0 + ct * 16, active[j]), full.ptr_to([stage]), T.uint64(EVICT_FIRST))
-                            advance()
+                                load_rows(c, ct, active[j])
         else:
             g = T.meta_var(lane // 4)
             q = T.meta_var(lane % 4)
             a = T.alloc_local((4,), "uint32")
+            wide = T.alloc_local((16,), "uint32")
+            held = T.alloc_local((NCT * HELD,), "uint32")
             acc = T.alloc_local((NCT * 4,), "float32")
             part = T.alloc_local((8,), "float32")
             weight = T.alloc_local((2,), "float32")
@@ -446,6 +517,40 @@ def down(
                             T.ptx["ld.global.cg.v4.u32"](nb[u * 8], nb[u * 8 + 1], nb[u * 8 + 2], nb[u * 8 + 3], HIN.ptr_to([at, place]))
                             T.ptx["ld.global.cg.v4.u32"](nb[u * 8 + 4], nb[u * 8 + 5], nb[u * 8 + 6], nb[u * 8 + 7], HIN.ptr_to([at, place + 32]))
 
+            @T.inline
+            def multiply(box, u, ct):
+                wait(full.ptr_to([stage]), phase)
+                for i in T.unroll(8):
+                    part[i] = T.float32(0)
+                if COMPACT:
+                    j: T.int32 = box // NCH
+                    slot: T.int32 = j % HEADS
+                    pool_of = T.meta_var(PACKED_W.ptr_to([T.Cast("int64", active[j]) * EXPERT + STRIPPED]))
+                    # a second strip that is not there is the first again
+                    two: T.int32 = T.if_then_else(ct * 16 + STRIP < ncol, 1, 0)
+                    if box % NCH == 0:
+                        compact.start(held.ptr_to([ct * HELD]), (heads.ptr_to([slot, ct, 0, 0]), heads.ptr_to([slot, ct, two, 0])))
+                    compact.expand(2, wide.ptr_to([0]), held.ptr_to([ct * HELD]), (units.ptr_to([stage, 0, wid, 0]), units.ptr_to([stage, two, wid, 0])), (heads.ptr_to([slot, ct, 0, 0]), heads.ptr_to([slot, ct, two, 0])), pool_of, (box % NCH * KO + wid) * 2, compact.rare(held.ptr_to([ct * HELD]), (box % NCH * KO + wid) * 2, 2))
+                for s in T.unroll(4):
+                    if COMPACT:
+                        for i in T.unroll(4):
+                            a[i] = wide[s * 4 + i]
+                    else:
+                        if ct == NCT - 1 and LAST == 8:
+                            # the box has 8 rows; the other 8 of the tile are the same again
+                            T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid // 2, wid % 2 * 8 + lane % 8, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
+                        else:
+                            T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid, lane % 16, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
+                    z = T.meta_var(s % 2 * 4)
+                    T.ptx[MMA](part[z], part[z + 1], part[z + 2], part[z + 3], a[0], a[1], a[2], a[3], b[u * 8 + s * 2], b[u * 8 + s * 2 + 1], part[z], part[z + 1], part[z + 2], part[z + 3])
+                # columns 2q and 2q + 1 are tokens: each expert has its weight there
+                for i in T.unroll(4):
+                    acc[ct * 4 + i] = acc[ct * 4 + i] + weight[i % 2] * (part[i] + part[i + 4])
+                T.cuda.warp_sync()
+                if lane == 0:
+                    T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
+                advance()
+
             ahead(it)
             while it < last:
                 for i in T.unroll(GP * 8):
@@ -456,24 +561,11 @@ def down(
                         for i in T.unroll(2):
                             weight[i] = shares[(it + u) // NCH * 8 + q * 2 + i]
                         for ct in T.unroll(NCT):
-                            wait(full.ptr_to([stage]), phase)
-                            for i in T.unroll(8):
-                                part[i] = T.float32(0)
-                            for s in T.unroll(4):
-                                if ct == NCT - 1 and LAST == 8:
-                                    # the box has 8 rows; the other 8 of the tile are the same again
-                                    T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid // 2, wid % 2 * 8 + lane % 8, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
-                                else:
-                                    T.ptx[LDMATRIX](a[0], a[1], a[2], a[3], ring.ptr_to([stage, wid, lane % 16, ((s * 2 + lane // 16) ^ (lane % 8)) * 8]))
-                                z = T.meta_var(s % 2 * 4)
-                                T.ptx[MMA](part[z], part[z + 1], part[z + 2], part[z + 3], a[0], a[1], a[2], a[3], b[u * 8 + s * 2], b[u * 8 + s * 2 + 1], part[z], part[z + 1], part[z + 2], part[z + 3])
-                            # columns 2q and 2q + 1 are tokens: each expert has its weight there
-                            for i in T.unroll(4):
-                                acc[ct * 4 + i] = acc[ct * 4 + i] + weight[i % 2] * (part[i] + part[i + 4])
-                            T.cuda.warp_sync()
-                            if lane == 0:
-                                T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
-                            advance()
+                            if COMPACT:
+                                if ct * 16 < ncol:
+                                    multiply(it + u, u, ct)
+                            else:
+                                multiply(it + u, u, ct)
                 it += GP
             for ct in T.unroll(NCT):
                 T.ptx["st.shared.v4.f32"](red.ptr_to([ct, wid, lane, 0]), acc[ct * 4], acc[ct * 4 + 1], acc[ct * 4 + 2], acc[ct * 4 + 3])

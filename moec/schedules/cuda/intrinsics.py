@@ -244,7 +244,7 @@ __forceinline__ __device__ int moec_opaque(int value) {
 """
 
 
-def opaque(value: int) -> Any:
+def opaque(value: Any) -> Any:
     """`value` as a run-time int32."""
     return T.cuda.func_call("moec_opaque", value, source_code=_OPAQUE, return_type="int32")
 

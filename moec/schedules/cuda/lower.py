@@ -22,11 +22,13 @@ from ...ops import (
 )
 from ...ops.define import OpDef, attributes, dtype_of
 from ...spec import ActivationSpec, MoESpec, SharedGate
+from ...target import Form
 from ..buffers import Kernel
 from ..program import Legalize, Lowering, origin
 from . import decode, dense, finish, loop, mma, simple, stream, thin
 from . import route as route_kernel
 from . import sort as sort_kernel
+from .decode_config import first_config, second_config
 from .script import quick_macros
 from .shapes import Matmul
 
@@ -37,15 +39,14 @@ TENSOR_DTYPES = ("bfloat16", "float16")
 # A dense weight with so few rows is read by warps, an output each: tiles would be too few to
 # occupy the GPU. Up to _NARROW while there are few tokens, up to _THIN however many there are.
 _NARROW, _THIN = 1024, 64
-_DECODE_RINGS = 176, 192  # KiB of shared memory for weights in flight, by kernel
 
 
 @dataclass(frozen=True)
 class CudaConfig:
     """Which family of kernels multiplies, and its tiles, where it has a choice of them.
 
-    `sorted_by`: which blocks sort. `few`: the dense matmuls of the block are those of at most
-    8 tokens.
+    `compact`: its tiles for compact weights. `sorted_by`: which blocks sort. `few`: the dense
+    matmuls of the block are those of at most 8 tokens.
     """
 
     family: str
@@ -54,6 +55,7 @@ class CudaConfig:
     grain: int = 0
     sorted_by: sort_kernel.Grid = sort_kernel.Grid.BLOCK
     few: bool = False
+    compact: Any = None
 
 
 @dataclass
@@ -70,9 +72,9 @@ class _Made:
 class CudaLowering(Lowering):
     """Legalization of one block; `clusters`: the GPU has clusters of blocks (Hopper)."""
 
-    def __init__(self, spec: MoESpec, prefix: str, clusters: bool) -> None:
+    def __init__(self, spec: MoESpec, prefix: str, clusters: bool, form: Form) -> None:
         super().__init__(prefix)
-        self.spec, self.clusters = spec, clusters
+        self.spec, self.clusters, self.form = spec, clusters, form
 
     def kernel(self, role: str, key: tuple[Any, ...], make: Callable[[str], Kernel]) -> Kernel:
         """As every lowering has it."""
@@ -297,26 +299,24 @@ class _Table:
                 role, (tensor, config.tiles),
                 lambda s: mma.matmul(s, tensor, config.tiles, 2 * SMS),
             )  # fmt: skip
-        shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype)
+        shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype, self.own.form)
+        tiles = config.compact if self.own.form is Form.COMPACT else config.tiles
         if reduce:
             return self.own.kernel(
-                role, (shape, config.tiles), lambda s: stream.down(s, shape, config.tiles, SMS)
+                role, (shape, tiles), lambda s: stream.down(s, shape, tiles, SMS)
             )
-        own_act = act or ActivationSpec()  # the first matmul always has one
-        return self.own.kernel(
-            role, (shape, own_act, config.tiles),
-            lambda s: stream.gate_up(s, shape, own_act, config.tiles, SMS),
-        )  # fmt: skip
+        key = (shape, act or ActivationSpec(), tiles)  # the first matmul always has one
+        return self.own.kernel(role, key, lambda s: stream.gate_up(s, *key, SMS))
 
     def _indexed(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = indexed_matmul.OP.bind(call), attributes(call)
         e, dtype, ids = self.spec.experts, self.spec.dtype, args["topk_ids"]
-        biased, bias = "bias" in args, args.get("bias", args["weight"])
+        biased, bias, form = "bias" in args, args.get("bias", args["weight"]), self.own.form
         if attrs.get("reduce"):
             out, scale = dtype_of(call.ty), float(attrs.get("out_scale", 1.0))
             shape = Matmul(e.num_experts, e.top_k, e.intermediate_size, e.width, False,
-                           biased, dtype)  # fmt: skip
-            config = decode.fitting(e.intermediate_size, _DECODE_RINGS[1])
+                           biased, dtype, form)  # fmt: skip
+            config = second_config(e.intermediate_size, e.width, SMS, form)
             kernel = self.own.kernel(
                 "down", (shape, config, out, scale),
                 lambda s: decode.down(s, shape, config, SMS, out, scale),
@@ -326,8 +326,8 @@ class _Table:
         act, gated = _activation(attrs)
         assert act is not None
         shape = Matmul(e.num_experts, e.top_k, e.width, e.intermediate_size, gated, biased,
-                       dtype)  # fmt: skip
-        first = decode.fitting(e.width, _DECODE_RINGS[0])
+                       dtype, form)  # fmt: skip
+        first = first_config(e.width, form)
         kernel = self.own.kernel(
             "gate_up", (shape, act, first),
             lambda s: decode.gate_up(s, shape, act, first, SMS),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...target import Form
 from ..buffers import Buf, PerToken
 from . import sort
+from .compact import Layout
 
 
 @dataclass(frozen=True)
 class Matmul:
-    """[rows, inner] times the expert's [(2 x) outer, inner] weight, canonical layout.
+    """[rows, inner] times the expert's [(2 x) outer, inner] weight.
 
     `gated`: the weight has gate rows, then as many up rows, and the activation combines them.
     """
@@ -22,10 +24,18 @@ class Matmul:
     gated: bool
     bias: bool
     dtype: str
+    form: Form = Form.PLAIN
+
+    @property
+    def layout(self) -> Layout:
+        """Of the compact form."""
+        return Layout(self.experts, self.weight_rows, self.inner)
 
     @property
     def weight(self) -> Buf:
-        """The canonical weight [E, (2 x) outer, inner]."""
+        """The weight: [E, (2 x) outer, inner], or as the layout says."""
+        if self.form is Form.COMPACT:
+            return Buf("weight", self.layout.shape, "int32")
         return Buf("weight", (self.experts, self.weight_rows, self.inner), self.dtype)
 
     @property

@@ -6,6 +6,10 @@ gated first matmul the tile holds a few gate rows, their up rows, the next gate 
 box of five dimensions lays the canonical weight out like that, and both values of a pair end up
 in one thread. Every warp transposes its own results through shared memory.
 
+Compact weights (compact.py) are expanded into the registers that wgmma takes its M side from, for
+one group of wgmma while another runs. All widths share that loop: a loop for each, as plain weights
+have them, lacks registers.
+
 A block runs on each multiprocessor and claims tiles from a counter, in their order. Shared out
 beforehand, tiles that want the same weights drift apart, seemingly until each of them reads the
 weights from memory again: DeepSeek-V3 took 1.65 times as long at T = 16384.
@@ -18,9 +22,24 @@ from tvm.script import tirx as T
 
 from ...errors import TargetError
 from ...spec import ActivationSpec
+from ...target import Form
 from ..buffers import Kernel
+from . import compact
 from .activation import device_function
-from .boxes import BK, CACHE_HINT, EVICT_FIRST, EVICT_NORMAL, NO_MAP, SHORT_ROWS, TMA, tile_box
+from .boxes import (
+    BK,
+    CACHE_HINT,
+    EVICT_FIRST,
+    EVICT_NORMAL,
+    NO_MAP,
+    PACKED,
+    SHORT_ROWS,
+    TMA,
+    header_box,
+    tile_box,
+    unit_box,
+)
+from .compact import HALF, HEADER, HELD, STRIP, UNIT
 from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
@@ -68,9 +87,27 @@ class StreamConfig:
 
     def ring(self) -> int:
         """Stages of the ring."""
-        room = SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256 - 32 * QUEUE
         stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
-        return self.stages or min(12, room // stage)
+        return self.stages or min(12, self._room // stage)
+
+    def compact_ring(self, steps: int) -> int:
+        """Stages of the ring where weights are compact and a tile has so many steps."""
+        strips = 128 * self.blocks // STRIP
+        stage = self.depth * (strips * UNIT + self.rows * BK * 2) + 16
+
+        def needed(stages: int) -> int:
+            return stages * stage + heads(stages, steps) * strips * HEADER
+
+        return next(n for n in range(12, 0, -1) if needed(n) <= self._room - 1024)
+
+    @property
+    def _room(self) -> int:
+        return SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256 - 32 * QUEUE
+
+
+def heads(stages: int, steps: int) -> int:
+    """Tiles whose headers are kept: those of which a stage may be in the ring, and one."""
+    return 2 + -(-stages // steps)
 
 
 def gate_up(
@@ -96,12 +133,15 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     SHORT = "bf16" if DT == "bfloat16" else "f16"
     if K % BK:  # boxes of several K blocks need whole ones
         config = replace(config, depth=1, stages=0)
-    N, D, ST, MB = config.rows, config.depth, config.ring(), config.blocks
+    COMPACT, LAYOUT = shape.form is Form.COMPACT, shape.layout
+    EXPERT, STRIPPED = LAYOUT.expert_bytes // 4, LAYOUT.strips * LAYOUT.strip_bytes // 4
+    N, D, MB = config.rows, config.depth, config.blocks
+    KB = -(-K // (BK * D))
+    ST = config.compact_ring(KB) if COMPACT else config.ring()
     BM = 128 * MB
     NOUT = BM // 2 if PAIR else BM  # outputs of a tile
     WOUT = NOUT // 8  # of a warp
     NB = -(-COLS // NOUT)
-    KB = -(-K // (BK * D))
     EARLY = min(ST, KB)  # stages whose weights are loaded before the wait
     LOOK = min(2, KB - 1)  # K block at which the next tile is looked up
     CLAIMS = 1 if FIRST else 2  # the counter in tile_count
@@ -109,7 +149,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     WIDTHS = config.widths or (N,)
     NV = len(WIDTHS)
     NACC = MB * N // 2
-    ABYTES, BBYTES = D * BM * BK * 2, D * N * BK * 2
+    STRIPS = BM // STRIP
+    ABYTES, BBYTES = D * (STRIPS * UNIT if COMPACT else BM * BK * 2), D * N * BK * 2
     BOX = config.box
     BOXES = N // BOX
     PBYTES = D * BOX * BK * 2
@@ -127,16 +168,29 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
     st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
-    BOXED = tile_box(shape, PAIR, BM, JOIN, D)
+    BOXED = unit_box(LAYOUT, STRIPS, D) if COMPACT else tile_box(shape, PAIR, BM, JOIN, D)
+    HEADERS = header_box(LAYOUT, STRIPS)
+    LOAD_HEADS = TMA.format(HEADERS.rank)
+    HEADS = heads(ST, KB) if COMPACT else 0
+    HBYTES = STRIPS * HEADER
+    MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     WEIGHT_TMA = TMA.format(BOXED.rank) + CACHE_HINT
     # Of weights that one tile needs. Short rows are fetched with their neighbours, which the next
     # K step loads: those must stay.
     ALONE = EVICT_FIRST if D > 1 else EVICT_NORMAL
     ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
 
+    def strip_of(mb: int, f: int) -> int:
+        """Of a warp's strips that with the first (f = 0) or last eight rows of an M = 64 block."""
+        return mb * 2 + f if PAIR else f * MB + mb
+
+    # halves of a unit that are expanded and multiplied at a time: as many as there are registers for
+    HALVES = 2 if MB * N <= 128 and MB * D % 2 == 0 else 1
+    PICKED, PICKED_SRC = compact.multiply_picked(WIDTHS, 2 * HALVES)
+
     # fmt: off
     @T.prim_func
-    def kernel(x_p: T.handle(DT), order_p: T.handle("int32"), tiles_p: T.handle("int32"), count_p: T.handle("int32"), w_p: T.handle(DT), bias_p: T.handle("float32"), out_p: T.handle(DT), tokens: T.int64, threads: T.int64):
+    def kernel(x_p: T.handle(DT), order_p: T.handle("int32"), tiles_p: T.handle("int32"), count_p: T.handle("int32"), w_p: T.handle(WT), bias_p: T.handle("float32"), out_p: T.handle(DT), tokens: T.int64, threads: T.int64):
         T.func_attr({"global_symbol": symbol})
         NT: T.let[T.int32] = T.Cast("int32", tokens)
         S: T.let[T.int32] = NT * TOPK
@@ -150,7 +204,11 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         if not FIRST:
             T.call_packed("runtime.cuTensorMapEncodeTiled", B_map, DT, 2, x_p, K, S, K * 2, BK, BOX, 1, 1, *SHORT_ROWS)
         A_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        assert T.call_extern("int32", "moec_tensor_map", A_map, w_p, BOXED.text(DT)) == 0, NO_MAP
+        assert T.call_extern("int32", "moec_tensor_map", A_map, w_p, BOXED.text(MAPPED)) == 0, NO_MAP
+        if COMPACT:
+            PACKED_W = T.decl_buffer((E * EXPERT,), "int32", data=w_p)
+            H_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            assert T.call_extern("int32", "moec_tensor_map", H_map, w_p, HEADERS.text(MAPPED)) == 0, NO_MAP
 
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
@@ -159,7 +217,11 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         wid: T.int32 = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), tid // 32, 0, 32)
         lane = T.meta_var(tid % 32)
         pool = T.SMEMPool()
-        As = pool.alloc((ST, D, BM, BK), DT, align=1024)
+        if COMPACT:
+            units = pool.alloc((ST, STRIPS, D, UNIT), "uint8", align=1024)
+            heads = pool.alloc((HEADS, STRIPS, HEADER), "uint8", align=1024)
+        else:
+            As = pool.alloc((ST, D, BM, BK), DT, align=1024)
         Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
         Ds = pool.alloc((8, PART, WOUT), DT, align=128)
         full = pool.alloc((ST,), "uint64", align=8)
@@ -193,6 +255,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         rows: T.int32
         n: T.int32
         policy: T.uint64
+        hslot: T.int32 = 0
 
         @T.inline
         def wait(bar, parity):
@@ -230,8 +293,20 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 phase = phase ^ 1
 
         @T.inline
+        def next_heads():
+            if COMPACT:
+                hslot += 1
+                if hslot == HEADS:
+                    hslot = 0
+
+        @T.inline
         def weights(k):
-            T.ptx[WEIGHT_TMA](As.ptr_to([stage, 0, 0, 0]), T.address_of(A_map), *BOXED.at(k, n, e), full.ptr_to([stage]), policy)
+            if COMPACT:
+                if k == 0:
+                    T.ptx[LOAD_HEADS](heads.ptr_to([hslot, 0, 0]), T.address_of(H_map), *HEADERS.at(0, n * STRIPS, e), full.ptr_to([stage]))
+                T.ptx[WEIGHT_TMA](units.ptr_to([stage, 0, 0, 0]), T.address_of(A_map), *BOXED.at(k, n * STRIPS, e), full.ptr_to([stage]), policy)
+            else:
+                T.ptx[WEIGHT_TMA](As.ptr_to([stage, 0, 0, 0]), T.address_of(A_map), *BOXED.at(k, n, e), full.ptr_to([stage]), policy)
 
         if wid == 11:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
@@ -288,18 +363,21 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                                 T.ptx[TMA2](Bs.ptr_to([stage, d, i * BOX, 0]), T.address_of(B_map), (k * D + d) * BK, row0 + i * BOX, full.ptr_to([stage]))
 
                 @T.inline
-                def expect():
-                    if FIRST:
-                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(ABYTES))
-                    else:
-                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.Cast("uint32", ABYTES + boxes * PBYTES))
+                def expect(k):
+                    coming: T.int32 = ABYTES
+                    if COMPACT:
+                        if k == 0:
+                            coming += HBYTES
+                    if not FIRST:
+                        coming += boxes * PBYTES
+                    T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.Cast("uint32", coming))
 
                 look()
                 tell()
                 if not FIRST:
                     if rows > 0:
                         for k in T.serial(EARLY):
-                            expect()
+                            expect(k)
                             weights(k)
                             advance()
                     T.ptx.griddepcontrol.wait()
@@ -315,7 +393,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 while rows > 0:
                     for k in T.serial(k0, KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
-                        expect()
+                        expect(k)
                         weights(k)
                         if not FIRST:
                             tokens_of(k)
@@ -323,6 +401,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         if k == LOOK:
                             look()
                     k0 = 0
+                    next_heads()
                     tell()
         elif wid >= 8:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
@@ -369,7 +448,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             dA: T.uint64
             dB: T.uint64
             wgi: T.int32 = wid // 4
-            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64 * MB, 0]), 1, SBO, 3)
+            if not COMPACT:
+                T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dA), As.ptr_to([0, 0, wgi * 64 * MB, 0]), 1, SBO, 3)
             T.cuda.wgmma.encode_matrix_descriptor(T.address_of(dB), Bs.ptr_to([0, 0, 0, 0]), 1, 64, 3)
             prev: T.int32 = 0
             steps: T.int32 = opaque(KB)
@@ -401,6 +481,46 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
 
+            # The A side is expanded into registers: of one M = 64 block while another is multiplied.
+            @T.inline
+            def multiply_compact(pick):
+                wide = T.alloc_local((16 * HALVES,), "uint32")
+                held = T.alloc_local((MB * HELD,), "uint32")
+                # not in uniform registers, which take a dozen cycles a step on the way to a group
+                picked: T.int32 = opaque(pick)
+                high: T.int32 = opaque(T.Cast("int32", T.shift_right(dB, T.uint64(32))))
+                first: T.int32 = opaque(T.Cast("int32", dB & T.uint64(0xFFFFFFFF)))
+                pool_of = T.meta_var(PACKED_W.ptr_to([T.Cast("int64", e) * EXPERT + STRIPPED]))
+                for k in T.serial(steps):
+                    low: T.int32 = first + stage * (BBYTES // 16)
+                    wait(full.ptr_to([stage]), phase)
+                    if FIRST:
+                        T.ptx.fence.proxy.async_.shared__cta()
+                    if k == 0:
+                        for mb in T.unroll(MB):
+                            compact.start(held.ptr_to([mb * HELD]), (heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 0), 0]), heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 1), 0])))
+                    for d in T.unroll(D):
+                        for mb in T.unroll(MB):
+                            for part in T.unroll(2 // HALVES):
+                                # the registers that the group before the last was multiplied from
+                                own = T.meta_var(((d * MB + mb) * (2 // HALVES) + part) % 2 * 8 * HALVES)
+                                half: T.int32 = (k * D + d) * 2 + part
+                                some: T.uint32 = compact.rare(held.ptr_to([mb * HELD]), half, HALVES)
+                                one = T.meta_var(wid * (2 * MB) + strip_of(mb, 0))
+                                two = T.meta_var(wid * (2 * MB) + strip_of(mb, 1))
+                                T.ptx.wgmma.wait_group.sync.aligned(1)
+                                if (d * MB + mb) * (2 // HALVES) + part == 1:
+                                    if k > 0:
+                                        release(prev)
+                                compact.expand(HALVES, wide.ptr_to([own]), held.ptr_to([mb * HELD]), (units.ptr_to([stage, one, d, part * HALF]), units.ptr_to([stage, two, d, part * HALF])), (heads.ptr_to([hslot, one, 0]), heads.ptr_to([hslot, two, 0])), pool_of, half, some)
+                                T.ptx.wgmma.fence.sync.aligned()
+                                T.cuda.func_call(PICKED, acc.ptr_to([mb * (N // 2)]), wide.ptr_to([own]),
+                                    low + (d * (N * BK * 2 // 16) + part * 4), high, T.Cast("int32", (k + d + part) != 0), picked, source_code=PICKED_SRC)
+                    prev = stage
+                    advance()
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                release(prev)
+
             hear()
             while rows > 0:
                 if not FIRST:
@@ -408,16 +528,16 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     for p in T.unroll(-(-N // 32)):
                         if p * 32 + lane < rows:
                             to_row[p] = fresh(ORDER, row0 + p * 32 + lane)
-                if NV == 1:
-                    multiply(N)
+                pick: T.int32 = T.Cast("int32", rows > WIDTHS[0])
+                pick += T.Cast("int32", rows > WIDTHS[min(1, NV - 1)])
+                pick += T.Cast("int32", rows > WIDTHS[min(2, NV - 1)])
+                pick += T.Cast("int32", rows > WIDTHS[min(3, NV - 1)])
+                pick += T.Cast("int32", rows > WIDTHS[min(4, NV - 1)])
+                pick += T.Cast("int32", rows > WIDTHS[min(5, NV - 1)])
+                pick += T.Cast("int32", rows > WIDTHS[min(6, NV - 1)])
+                if COMPACT:
+                    multiply_compact(pick)
                 else:
-                    pick: T.int32 = T.Cast("int32", rows > WIDTHS[0])
-                    pick += T.Cast("int32", rows > WIDTHS[min(1, NV - 1)])
-                    pick += T.Cast("int32", rows > WIDTHS[min(2, NV - 1)])
-                    pick += T.Cast("int32", rows > WIDTHS[min(3, NV - 1)])
-                    pick += T.Cast("int32", rows > WIDTHS[min(4, NV - 1)])
-                    pick += T.Cast("int32", rows > WIDTHS[min(5, NV - 1)])
-                    pick += T.Cast("int32", rows > WIDTHS[min(6, NV - 1)])
                     if pick == 0:
                         multiply(WIDTHS[0])
                     if NV > 1:
@@ -441,6 +561,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     if NV > 7:
                         if pick == 7:
                             multiply(WIDTHS[min(7, NV - 1)])
+                next_heads()
                 first_col: T.int32 = n * NOUT + wid * WOUT
                 apart = T.meta_var(8 if JOIN == MB else 32)  # columns from a piece to the next
                 if JOIN != MB:
