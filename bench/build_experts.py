@@ -1,6 +1,7 @@
 """Compile the expert kernels of the benchmark shapes for sm_90a; needs no GPU.
 
-    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--variants REGEX] [--wide]
+    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--forms plain,compact]
+                                      [--variants REGEX] [--wide]
 
 The variants are the schedules that the compiler chooses from. OUT receives one library a shape
 and index.json: for every variant its entry symbol, token range and workspace.
@@ -23,11 +24,13 @@ import tvm
 from moec import target
 from moec.schedules import backend, choose
 from moec.schedules.buffers import Buf, Kernel, PerToken
-from moec.schedules.cuda import decode, finish, lower, maps, pipeline, sort, stream, toolchain
+from moec.schedules.cuda import decode, finish, maps, pipeline, sort, stream, toolchain
+from moec.schedules.cuda.decode_config import DecodeConfig, first_config, second_config
 from moec.schedules.cuda.host import Launch, build_host
 from moec.schedules.cuda.shapes import Matmul
 from moec.schedules.linking import link
 from moec.spec import ActivationSpec, ExpertsSpec, MoESpec, Renorm, RouterSpec
+from moec.target import COMPACT, Form
 
 SMS = 132
 
@@ -61,25 +64,30 @@ class Variant:
     high: int
     launches: tuple[Launch, ...]
     kernels: tuple[Kernel, ...]
+    form: Form = Form.PLAIN
 
 
-def _matmuls(s: Shape) -> tuple[Matmul, Matmul]:
-    first = Matmul(s.E, s.K, s.H, s.I, True, False, "bfloat16")
-    return first, Matmul(s.E, s.K, s.I, s.H, False, False, "bfloat16")
+def _matmuls(s: Shape, form: Form) -> tuple[Matmul, Matmul]:
+    first = Matmul(s.E, s.K, s.H, s.I, True, False, "bfloat16", form)
+    return first, Matmul(s.E, s.K, s.I, s.H, False, False, "bfloat16", form)
 
 
 def decode_variant(
-    s: Shape, tag: str, one: decode.DecodeConfig, two: decode.DecodeConfig
+    s: Shape,
+    tag: str,
+    one: DecodeConfig,
+    two: DecodeConfig,
+    form: Form = Form.PLAIN,
 ) -> Variant:
     """Two launches."""
-    first, second = _matmuls(s)
+    first, second = _matmuls(s, form)
     a = decode.gate_up(f"{tag}_gu", first, ActivationSpec(), one, SMS)
     b = decode.down(f"{tag}_dn", second, two, SMS, "bfloat16")
     launches = (
         Launch(a, ("x", "topk_ids", "gate_up", "gate_up", "h")),
         Launch(b, ("h", "topk_ids", "topk_weights", "down", "down", "y")),
     )
-    return Variant(tag, 1, 9, launches, (a, b))
+    return Variant(tag, 1, 9, launches, (a, b), form)
 
 
 def grouped_variant(
@@ -90,9 +98,10 @@ def grouped_variant(
     config: stream.StreamConfig,
     grid: sort.Grid,
     grain: int = 0,
+    form: Form = Form.PLAIN,
 ) -> Variant:
     """Sort, two matmuls, sum."""
-    first, second = _matmuls(s)
+    first, second = _matmuls(s, form)
     z = sort.sort(f"{tag}_sort", s.E, s.K, config.rows, grid, grain)
     a = stream.gate_up(f"{tag}_gu", first, ActivationSpec(), config, SMS)
     b = stream.down(f"{tag}_dn", second, config, SMS)
@@ -103,24 +112,30 @@ def grouped_variant(
         Launch(b, ("h", "order", "tiles", "tile_count", "down", "down", "rows")),
         Launch(f, ("rows", "topk_ids", "topk_weights", *["x"] * len(finish.OPTIONAL), "y")),
     )
-    return Variant(tag, low, high, launches, (z, a, b, f))
+    return Variant(tag, low, high, launches, (z, a, b, f), form)
 
 
-def shipped(s: Shape) -> list[Variant]:
+def shipped(s: Shape, form: Form) -> list[Variant]:
     """What the compiler chooses for such a layer, each with its token range."""
+    one = target.resolve("cuda:sm_90a" + (COMPACT if form is Form.COMPACT else ""))
     experts = ExpertsSpec(s.E, s.K, s.H, s.I)
     spec = MoESpec("bfloat16", RouterSpec(s.E, s.K, renorm=Renorm.SUM), experts)
     out = []
-    for schedule, tokens in choose(backend("cuda"), (), spec, target.resolve("cuda:sm_90a")):
+    for schedule, tokens in choose(backend("cuda"), (), spec, one):
         if tokens is None or schedule.config.family not in ("decode", "stream"):
             continue
         c, low, high = schedule.config, max(1, tokens.low), tokens.high or 1 << 30
+        name = schedule.name + ("" if form is Form.PLAIN else f"_{form.value}")
         if c.family == "decode":
-            rings = lower._DECODE_RINGS
-            one, two = decode.fitting(s.H, rings[0]), decode.fitting(s.I, rings[1])
-            out.append(replace(decode_variant(s, schedule.name, one, two), low=low, high=high))
+            first, second = (
+                first_config(s.H, form),
+                second_config(s.I, s.H, SMS, form),
+            )
+            variant = decode_variant(s, name, first, second, form)
+            out.append(replace(variant, low=low, high=high))
         else:
-            variant = grouped_variant(s, schedule.name, low, high, c.tiles, c.sorted_by, c.grain)
+            tiles = c.tiles if form is Form.PLAIN else c.compact
+            variant = grouped_variant(s, name, low, high, tiles, c.sorted_by, c.grain, form)
             out.append(variant)
     return out
 
@@ -132,15 +147,15 @@ def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str
         Buf(n, (PerToken(), s.K), d)
         for n, d in (("topk_ids", "int32"), ("topk_weights", "float32"))
     )
-    first, second = _matmuls(s)
     index: dict[str, Any] = {"shape": [s.E, s.K, s.H, s.I], "library": out.name, "variants": {}}
     functions: dict[str, Any] = {}
     dependent: list[str] = []
     parts = [
-        Variant(f"{v.name}_upto{i}", v.low, v.high, v.launches[:i], v.kernels)
+        Variant(f"{v.name}_upto{i}", v.low, v.high, v.launches[:i], v.kernels, v.form)
         for v in chosen if re.search(prefixes, v.name) for i in range(1, len(v.launches))
     ]  # fmt: skip
     for v in (*chosen, *parts):
+        first, second = _matmuls(s, v.form)
         entry = build_host(
             f"moec_{v.name}", {"x": x, "topk_ids": ids, "topk_weights": wts},
             {"gate_up": first.weight, "down": second.weight}, {"y": y}, v.launches,
@@ -153,6 +168,7 @@ def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str
             "tokens": [v.low, v.high],
             "workspace": list(entry.workspace),
             "launches": len(v.launches),
+            "form": v.form.value,
         }
     with toolchain.compiling("sm_90a") as report:
         library = pipeline.build(tvm.IRModule(functions), "sm_90a", dependent)
@@ -168,6 +184,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shapes", default="qwen3")
     parser.add_argument("--variants", default=".")
+    parser.add_argument("--forms", default="plain,compact", help="of the weights")
     parser.add_argument("--wide", action="store_true", help="time all at every T, to set ranges")
     parser.add_argument("--prefixes", default="^$", help="regex: also the first 1, 2, ... launches")
     options = parser.parse_args()
@@ -177,7 +194,8 @@ def main() -> None:
     for name in options.shapes.split(","):
         begin = time.time()
         shape = SHAPES[name]
-        chosen = [v for v in shipped(shape) if re.search(options.variants, v.name)]
+        made = [v for form in options.forms.split(",") for v in shipped(shape, Form(form))]
+        chosen = [v for v in made if re.search(options.variants, v.name)]
         if not chosen:
             parser.error(f"{name} has no variant that matches {options.variants!r}")
         if options.wide:

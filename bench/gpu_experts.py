@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compact_weights import pack
+
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192,16384"
 LIMIT = 5e-3  # bf16 rounds h and y (2^-9 each, relative) and the rows of a sum; peers: 4.5e-3
 POISON = 0xFF  # bytes of NaN in bf16, f16 and f32
@@ -118,12 +120,17 @@ def work(options: argparse.Namespace) -> None:
             for e in range(E):
                 gate_up[e] = torch.randn(2 * I, H, device="cuda", generator=gen) * H**-0.5
                 down[e] = torch.randn(H, I, device="cuda", generator=gen) * I**-0.5
+            packed: list[Any] = []
             entries = Entries(options.libs / index[name]["library"])
             refs: dict[Any, Any] = {}
         info = index[name]["variants"][variant]
+        weights = [gate_up, down]
+        if info.get("form", "plain") == "compact":
+            packed = packed or [pack(torch, gate_up, True), pack(torch, down, False)]
+            weights = [*packed, *weights]
         for T in job["T"]:
             print(json.dumps({"begin": [name, variant, T]}), flush=True)
-            record = one(torch, options, entries, info, refs, (E, K, H, I), T, gate_up, down)
+            record = one(torch, options, entries, info, refs, (E, K, H, I), T, weights)
             print(json.dumps({"shape": name, "variant": variant, "T": T, **record}), flush=True)
 
 
@@ -135,10 +142,10 @@ def one(
     refs: dict[Any, Any],
     dims: tuple[int, ...],
     T: int,
-    gate_up: Any,
-    down: Any,
+    weights: list[Any],
 ) -> dict[str, Any]:
-    """Check, then time, one variant at one T."""
+    """Check, then time, one variant at one T: with the first of `weights`, by the last."""
+    plain, used = weights[-2:], weights[:2]
     E, K, H, _ = dims
     fixed, per_token = info["workspace"]
     space = torch.empty(fixed + per_token * T + 256, device="cuda", dtype=torch.uint8)
@@ -153,12 +160,12 @@ def one(
         if key not in refs:
             gen = torch.Generator("cuda").manual_seed(T)
             x = torch.randn(T, H, device="cuda", generator=gen).to(torch.bfloat16)
-            ids, weights = routing(torch, T, E, K, kind, T)
+            ids, shares = routing(torch, T, E, K, kind, T)
             rows = torch.randperm(T, device="cuda", generator=gen)[:128]
-            ref = reference(torch, x[rows], gate_up, down, ids[rows], weights[rows])
-            refs[key] = (x, ids, weights, rows, ref)
-        x, ids, weights, rows, ref = refs[key]
-        call = entries.bind(info["symbol"], [x, ids, weights, gate_up, down, y, space])
+            ref = reference(torch, x[rows], *plain, ids[rows], shares[rows])
+            refs[key] = (x, ids, shares, rows, ref)
+        x, ids, shares, rows, ref = refs[key]
+        call = entries.bind(info["symbol"], [x, ids, shares, *used, y, space])
         first = None
         for _ in range(options.runs):
             space.fill_(POISON)
@@ -177,7 +184,7 @@ def one(
     record["err"] = worst
     if options.no_time:
         return record
-    record["us"], record["spread"] = timed(torch, entries, info, dims, T, gate_up, down, y, space)
+    record["us"], record["spread"] = timed(torch, entries, info, dims, T, used, y, space)
     return record
 
 
@@ -187,8 +194,7 @@ def timed(
     info: dict[str, Any],
     dims: tuple[int, ...],
     T: int,
-    gate_up: Any,
-    down: Any,
+    weights: list[Any],
     y: Any,
     space: Any,
 ) -> tuple[float, list[float]]:
@@ -198,7 +204,7 @@ def timed(
     xs = [torch.randn(T, H, device="cuda").to(torch.bfloat16) for _ in range(R)]
     routes = [routing(torch, T, E, K, "random", 1000 + r) for r in range(R)]
     calls = [
-        entries.bind(info["symbol"], [xs[r], *routes[r], gate_up, down, y, space]) for r in range(R)
+        entries.bind(info["symbol"], [xs[r], *routes[r], *weights, y, space]) for r in range(R)
     ]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
