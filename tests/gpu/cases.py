@@ -146,6 +146,7 @@ CASES: dict[str, Row] = {
         )), PLAIN,
     ),
     "one expert": (block("bfloat16", 1, 1, 128, 64), ("gather", *SOME)),
+    "uneven columns": (block("bfloat16", 4, 2, 2176, 64), ("gather", "stream16")),
     "many experts": (
         block("bfloat16", 384, 8, 64, 64), ("gather", "stream16", "stream160")
     ),

@@ -211,6 +211,7 @@ def test_only_the_weights_of_experts_are_packed() -> None:
 
 SIZES = {
     "small": (8, 2, 64, 64),
+    "uneven columns": (4, 2, 2176, 64),
     "Qwen3": (128, 8, 2048, 768),
     "DeepSeek-V3": (256, 8, 7168, 2048),
     "gpt-oss": (128, 4, 2880, 2880),

@@ -329,7 +329,8 @@ def down(
     if COMPACT:
         WHOLE, REST, LENGTH = unit_box(LAYOUT, 2, KO), unit_box(LAYOUT, 1, KO), KO * UNIT // STRIP
     HEADERS, LONE = header_box(LAYOUT, 2), header_box(LAYOUT, 1)
-    HEADS = 2 + -(-ST // (NCH * NCT)) if COMPACT else 0  # experts whose headers are kept
+    FEWEST = max(1, -(-(H // GRAIN // sms * GRAIN) // 16))  # boxes of a chunk of K, of any block
+    HEADS = 2 + -(-ST // (NCH * FEWEST)) if COMPACT else 0  # experts whose headers are kept
     MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     LOAD_HEADS = TMA.format(HEADERS.rank)
     FW = max(NCT, 1)

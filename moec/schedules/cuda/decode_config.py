@@ -56,6 +56,8 @@ def _most(width: int, limit: int) -> int:
 def _fitting(chunks: int, kilobytes: int, form: Form) -> DecodeConfig:
     """So many chunks a box, and a ring that takes so much shared memory."""
     box = chunks * 16 * CHUNK * 2  # bytes
-    if form is Form.COMPACT:
-        box = 2 * (chunks * UNIT + HEADER)
-    return DecodeConfig(chunks, max(2, kilobytes * 1024 // box), 3)
+    if form is Form.PLAIN:
+        return DecodeConfig(chunks, max(2, kilobytes * 1024 // box), 3)
+    box = 2 * (chunks * UNIT + HEADER)
+    # Where an expert has one box, the headers of as many experts are kept.
+    return DecodeConfig(chunks, min(32, max(2, kilobytes * 1024 // box)), 3)
