@@ -1,7 +1,7 @@
 """bfloat16 weights of experts in 12 bits: the form in memory, and how kernels read it.
 
 The exponents of trained weights hold some 2.6 of their 8 bits (https://arxiv.org/abs/2504.11651),
-so that of the 127 high bytes (sign aside: the exponent but for its last bit) eight are enough for
+so that of the 128 high bytes (sign aside: the exponent but for its last bit) eight are enough for
 all but a few weights. A weight is its low byte as it is, its sign, and three bits that name one of
 the eight high bytes which occur most in its strip. Any other weight is written down whole, beside.
 
@@ -22,8 +22,8 @@ Lane 4 g + q has the weights of row g that it needs for mma and wgmma: place 4 s
 8 p + 7 where p < 4, and bit 8 (p - 4) + 3 elsewhere. Exceptions are in ascending order of halves.
 In place of one is code 0.
 
-Expanded weights are the bits that were packed, and are multiplied in the order of plain ones:
-results are equal bit by bit.
+Expanded weights are the bits that were packed: where tiles add up in the same order, results are
+those of plain weights bit by bit.
 """
 
 from __future__ import annotations
