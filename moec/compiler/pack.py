@@ -52,7 +52,7 @@ class Packing:
         )
         try:
             self._module[symbol](*tensors, self._threads)
-        except RuntimeError as error:
+        except ValueError as error:
             raise TargetError(str(error), where=what, hint=PLAIN_INSTEAD) from None
 
 

@@ -34,7 +34,8 @@ class Packer:
         """Write the packed form of `expert` (None: of the whole parameter) to `out`.
 
         `out` has the shape of one packed expert, or of the whole, in the packed dtype, and
-        is C-contiguous and 64-byte aligned. Raises what the weight plan raises.
+        is C-contiguous and 64-byte aligned. Raises what the weight plan raises, and TargetError
+        for weights that the target's form does not hold.
         """
         if expert is None:
             source = plan.tensor(self._checkpoint, packed.source)
@@ -58,9 +59,12 @@ class Packer:
         try:
             frame.call()
         except MoecError as error:
-            own = packed.source if expert is None else f"{packed.source} of expert {expert}"
+            kind, _, said = (error.where or "").partition(": ")
+            if kind != "ValueError":  # a fault of ours, and no weights that have no such form
+                raise
             raise TargetError(
-                f"{own} cannot be packed for this target: {error.where}",
+                said.strip(),
+                where=packed.source if expert is None else f"{packed.source} of expert {expert}",
                 hint="compile for a target that has weights as they are, such as cuda:sm_90a",
             ) from None
 

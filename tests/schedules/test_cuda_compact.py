@@ -136,7 +136,7 @@ def test_weights_of_any_spread_are_kept_or_refused(
     bits = bits.astype(np.uint16)
     try:
         words = packed(bits, gated)
-    except RuntimeError as error:
+    except ValueError as error:
         assert "no compact form" in str(error)
         layout = compact.Layout(1, *shape)
         high = bits >> 8 & 0x7F

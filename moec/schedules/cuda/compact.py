@@ -81,6 +81,14 @@ class Layout:
         return self.experts, self.expert_bytes // 4
 
 
+def headers_kept(stages: int, boxes: int) -> int:
+    """Whose headers are kept: of each that may have a box in a ring of so many, and of one more.
+
+    `boxes`: how many boxes those that share a header have at least.
+    """
+    return 2 + -(-stages // boxes)
+
+
 # Headers and units are in shared memory, `pool` has the expert's exceptions without room. Lanes 0
 # to 13 hold the exceptions in the header of a first strip, 16 to 29 those of a second, and look at
 # once whether one of them is in the half at hand: a warp that went through them in turn was late.

@@ -20,7 +20,7 @@ from ..buffers import Buf, Kernel, PerToken
 from . import compact
 from .activation import device_function
 from .boxes import CACHE_HINT, EVICT_FIRST, NO_MAP, PACKED, TMA, header_box, row_box, unit_box
-from .compact import HEADER, HELD, STRIP, UNIT
+from .compact import HEADER, HELD, STRIP, UNIT, headers_kept
 from .decode_config import CHUNK, DecodeConfig
 from .intrinsics import BARRIER_WAIT, fresh
 from .shapes import Matmul
@@ -62,7 +62,7 @@ def gate_up(
     TX = KO * (2 * UNIT if COMPACT else 16 * CHUNK * 2)
     BOX = unit_box(LAYOUT, 2, KO) if COMPACT else row_box(shape, PAIR, OUT, KO)
     HEADERS = header_box(LAYOUT, 2)
-    HEADS = 2 + -(-ST // NCH) if COMPACT else 0  # tiles whose headers are kept
+    HEADS = headers_kept(ST, NCH) if COMPACT else 0  # tiles
     MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     LOAD = TMA.format(BOX.rank) + CACHE_HINT
     LOAD_HEADS = TMA.format(HEADERS.rank)
@@ -330,7 +330,7 @@ def down(
         WHOLE, REST, LENGTH = unit_box(LAYOUT, 2, KO), unit_box(LAYOUT, 1, KO), KO * UNIT // STRIP
     HEADERS, LONE = header_box(LAYOUT, 2), header_box(LAYOUT, 1)
     FEWEST = max(1, -(-(H // GRAIN // sms * GRAIN) // 16))  # boxes of a chunk of K, of any block
-    HEADS = 2 + -(-ST // (NCH * FEWEST)) if COMPACT else 0  # experts whose headers are kept
+    HEADS = headers_kept(ST, NCH * FEWEST) if COMPACT else 0  # experts
     MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     LOAD_HEADS = TMA.format(HEADERS.rank)
     FW = max(NCT, 1)

@@ -34,7 +34,7 @@ def _i32(value: int) -> Any:
 
 
 def pack(symbol: str, layout: Layout, gated: bool) -> Kernel:
-    """src [rows, inner] uint16, the bits -> dst [expert_bytes / 4] int32; raises what OVERFULL says."""
+    """src [rows, inner] uint16, the bits -> dst [expert_bytes / 4] int32; ValueError if OVERFULL."""
     args = (
         Buf("src", (layout.rows, layout.inner), "uint16", True),
         Buf("dst", (layout.expert_bytes // 4,), "int32"),
@@ -138,7 +138,8 @@ class _Expert:
                     own = [T.bind(tirx.BufferLoad(codes, [self._high(v)])) for v in values]
                     lane = T.bind(g * _i64(4) + q)
                     self._exceptions(values, own, half, lane, found, keep)
-        with T.Assert(tirx.BufferLoad(used, [0]) <= _i32(layout.spare), OVERFULL):
+        # Who calls this tells such weights from a fault by the kind of the error.
+        with T.Assert(tirx.BufferLoad(used, [0]) <= _i32(layout.spare), OVERFULL, "ValueError"):
             T.evaluate(0)
 
     # -- parts ------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from .boxes import (
     tile_box,
     unit_box,
 )
-from .compact import HALF, HEADER, HELD, STRIP, UNIT
+from .compact import HALF, HEADER, HELD, STRIP, UNIT, headers_kept
 from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
@@ -96,18 +96,13 @@ class StreamConfig:
         stage = self.depth * (strips * UNIT + self.rows * BK * 2) + 16
 
         def needed(stages: int) -> int:
-            return stages * stage + heads(stages, steps) * strips * HEADER
+            return stages * stage + headers_kept(stages, steps) * strips * HEADER
 
         return next(n for n in range(12, 0, -1) if needed(n) <= self._room - 1024)
 
     @property
     def _room(self) -> int:
         return SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256 - 32 * QUEUE
-
-
-def heads(stages: int, steps: int) -> int:
-    """Tiles whose headers are kept: those of which a stage may be in the ring, and one."""
-    return 2 + -(-stages // steps)
 
 
 def gate_up(
@@ -171,7 +166,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     BOXED = unit_box(LAYOUT, STRIPS, D) if COMPACT else tile_box(shape, PAIR, BM, JOIN, D)
     HEADERS = header_box(LAYOUT, STRIPS)
     LOAD_HEADS = TMA.format(HEADERS.rank)
-    HEADS = heads(ST, KB) if COMPACT else 0
+    HEADS = headers_kept(ST, KB) if COMPACT else 0  # tiles
     HBYTES = STRIPS * HEADER
     MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     WEIGHT_TMA = TMA.format(BOXED.rank) + CACHE_HINT
@@ -486,7 +481,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             def multiply_compact(pick):
                 wide = T.alloc_local((16 * HALVES,), "uint32")
                 held = T.alloc_local((MB * HELD,), "uint32")
-                # not in uniform registers, which take a dozen cycles a step on the way to a group
+                # Opaque, so that ptxas need not keep them in uniform registers, whose comparisons and
+                # sums are slow on the way to a group. What that gains was not measured by itself.
                 picked: T.int32 = opaque(pick)
                 high: T.int32 = opaque(T.Cast("int32", T.shift_right(dB, T.uint64(32))))
                 first: T.int32 = opaque(T.Cast("int32", dB & T.uint64(0xFFFFFFFF)))
