@@ -134,7 +134,7 @@ def shipped(s: Shape, form: Form) -> list[Variant]:
             variant = decode_variant(s, name, first, second, form)
             out.append(replace(variant, low=low, high=high))
         else:
-            tiles = c.tiles if form is Form.PLAIN else c.compact
+            tiles = c.of(form).tiles
             variant = grouped_variant(s, name, low, high, tiles, c.sorted_by, c.grain, form)
             out.append(variant)
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-STRIP, HEADER, INLINE = 8, 128, 14
+STRIP = 8
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,19 @@ class Layout:
         return self.rows // STRIP
 
     @property
+    def header(self) -> int:
+        """Bytes of a header."""
+        return 128 if self.inner <= 4096 else 256
+
+    @property
+    def inline(self) -> int:
+        """Exceptions in a header."""
+        return (self.header - 16) // 8
+
+    @property
     def strip_bytes(self) -> int:
         """From a strip to the next."""
-        return HEADER + self.inner // 64 * 768
+        return self.header + self.inner // 64 * 768
 
     @property
     def spare(self) -> int:
@@ -91,29 +101,36 @@ def _expert(torch: Any, layout: Layout, weight: Any, gated: bool, out: Any) -> N
         -1,
     )
     body = out[: strips * layout.strip_bytes].view(strips, layout.strip_bytes)
-    body[:, HEADER:] = units.reshape(strips, -1)
+    body[:, layout.header :] = units.reshape(strips, -1)
     body[:, :8] = table.to(torch.uint8)
     _exceptions(torch, layout, rare, bits, body, out)
 
 
 def _exceptions(torch: Any, layout: Layout, rare: Any, bits: Any, body: Any, out: Any) -> None:
-    strip, half, lane, place = rare.nonzero(as_tuple=True)
-    entries = torch.stack([bits[strip, half, lane, place] | place << 16 | lane << 20, half], 1)
-    # 0x...<< 20 stays below 2^25
-    entries = entries.to(torch.int32)
+    strip, back, lane, place = rare.flip(1).nonzero(as_tuple=True)  # from the last half on
+    half = rare.shape[1] - 1 - back
     count = torch.bincount(strip, minlength=layout.strips)
     first = torch.cumsum(count, 0) - count
     number = torch.arange(len(strip), device=rare.device) - first[strip]
-    outside = (count - INLINE).clamp(min=0)
+    # of a lane's exceptions each names the one before it
+    order = torch.sort(strip * 32 + lane, stable=True).indices
+    owner, sorted_number = (strip * 32 + lane)[order], number[order]
+    before = torch.full_like(number, 0xFFFF)
+    same = owner[1:] == owner[:-1]
+    before[order[1:][same]] = sorted_number[:-1][same]
+    what = bits[strip, half, lane, place] | place << 16 | lane << 20
+    where = half | before << 16
+    where = torch.where(where >= 1 << 31, where - (1 << 32), where)
+    entries = torch.stack([what.long(), where], 1).to(torch.int32)
+    outside = (count - layout.inline).clamp(min=0)
     at = torch.where(outside > 0, torch.cumsum(outside, 0) - outside, 0)
     if int(outside.sum()) > layout.spare:
         raise ValueError(f"{int(outside.sum())} exceptions, there is room for {layout.spare}")
     body[:, 8:16] = torch.stack([count, at], 1).to(torch.int32).view(torch.uint8)
-    head = torch.zeros(layout.strips, INLINE, 2, dtype=torch.int32, device=rare.device)
-    head[:, :, 1] = 1 << 30
-    inside = number < INLINE
+    head = torch.zeros(layout.strips, layout.inline, 2, dtype=torch.int32, device=rare.device)
+    inside = number < layout.inline
     head[strip[inside], number[inside]] = entries[inside]
-    body[:, 16:HEADER] = head.view(torch.uint8).reshape(layout.strips, -1)
+    body[:, 16 : layout.header] = head.view(torch.uint8).reshape(layout.strips, -1)
     pool = torch.zeros(layout.spare, 2, dtype=torch.int32, device=rare.device)
-    pool[(at[strip] + number - INLINE)[~inside]] = entries[~inside]
+    pool[(at[strip] + number - layout.inline)[~inside]] = entries[~inside]
     out[layout.strips * layout.strip_bytes :] = pool.view(torch.uint8).reshape(-1)

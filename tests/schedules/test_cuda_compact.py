@@ -26,7 +26,7 @@ from moec.compiler.pack import Packing
 from moec.errors import TargetError
 from moec.schedules import backend, choose
 from moec.schedules.cpu.codegen import compile_module
-from moec.schedules.cuda import compact, shrink
+from moec.schedules.cuda import SCHEDULES, compact, shrink
 from moec.schedules.cuda.boxes import header_box, unit_box
 from moec.schedules.cuda.stream import SHARED_LIMIT
 from moec.spec import ExpertsSpec, MoESpec, Renorm, RouterSpec
@@ -51,11 +51,12 @@ def packed(bits: Array, gated: bool) -> Array:
 
 def read(words: Array, rows: int, inner: int, gated: bool) -> tuple[Array, Array]:
     """([rows, K] of bits, exceptions by strip), as the form is described."""
-    strips, size = rows // 8, 128 + inner // 64 * 768
+    strips, header_bytes = rows // 8, 128 if inner <= 4096 else 256
+    room, size = (header_bytes - 16) // 8, header_bytes + inner // 64 * 768
     raw = words.view(np.uint8)
     held = raw[: strips * size].reshape(strips, size)
-    rest = raw[strips * size :].view(np.int32).reshape(-1, 2)
-    halves = held[:, 128:].reshape(strips, inner // 32, 384)
+    rest = raw[strips * size :].view(np.uint32).reshape(-1, 2)
+    halves = held[:, header_bytes:].reshape(strips, inner // 32, 384)
     low = halves[:, :, :256].reshape(strips, -1, 32, 8)
     codes = halves[:, :, 256:].copy().view(np.uint32)[..., None]
     place = np.arange(8)
@@ -64,19 +65,33 @@ def read(words: Array, rows: int, inner: int, gated: bool) -> tuple[Array, Array
     high = np.take_along_axis(held[:, :8], names.reshape(strips, -1).astype(int), 1)
     values = signs.astype(int) << 15 | high.reshape(low.shape).astype(int) << 8 | low
     header = held[:, 8:16].copy().view(np.int32)
-    inside = held[:, 16:128].copy().view(np.int32).reshape(strips, 14, 2)
+    inside = held[:, 16:header_bytes].copy().view(np.uint32).reshape(strips, room, 2)
     for strip, (count, first) in enumerate(header):
-        for number in range(count):
-            at = first + number - 14
-            what, half = inside[strip, number] if number < 14 else rest[at]
-            values[strip, half, what >> 20, what >> 16 & 15] = what & 0xFFFF
-        assert (inside[strip, count:, 1] == compact.NONE).all()
+        own = [inside[strip, n] if n < room else rest[first + n - room] for n in range(count)]
+        for what, where in own:
+            values[strip, where & 0xFFFF, what >> 20, what >> 16 & 15] = what & 0xFFFF
+        assert not inside[strip, count:].any()
+        check_chains(own)
     # lane 4 g + q, place 4 s + 2 j + i: row g, column 16 s + 8 j + 2 q + i
     parts = values.reshape(strips, -1, 8, 4, 2, 2, 2).transpose(0, 2, 1, 4, 5, 3, 6)
     out = parts.reshape(strips, 8, inner)
     if gated:
         out = out.reshape(strips // 2, 2, 8, inner).transpose(1, 0, 2, 3)
     return out.reshape(rows, inner).astype(np.uint16), header[:, 0]
+
+
+def check_chains(own: list[Array]) -> None:
+    """From its highest exception on a lane comes to all of its own, half by half."""
+    lanes = [int(what) >> 20 for what, _ in own]
+    for lane in set(lanes):
+        mine = [n for n, other in enumerate(lanes) if other == lane]
+        number, seen = mine[-1], []
+        while number != 0xFFFF:
+            seen.append(number)
+            number = int(own[number][1]) >> 16
+        assert seen == mine[::-1]
+        halves = [int(own[n][1]) & 0xFFFF for n in seen]
+        assert halves == sorted(halves)
 
 
 def normal(rows: int, inner: int, seed: int = 0) -> Array:
@@ -95,14 +110,27 @@ def test_every_bit_is_kept(rows: int, inner: int, gated: bool) -> None:
     np.testing.assert_array_equal(got, bits)
 
 
-def test_exceptions_that_find_no_room_in_their_strip() -> None:
-    bits = normal(64, 1024)
+@pytest.mark.parametrize(("inner", "room"), [(1024, 14), (4096, 14), (4160, 30)])
+def test_exceptions_that_find_no_room_in_their_strip(inner: int, room: int) -> None:
+    assert compact.Layout(1, 64, inner).inline == room
+    bits = normal(64, inner)
     bits[17, 40:80] = 0x0100 * np.arange(1, 41)  # high bytes of their own, in more than one half
     bits[60, 1000:1003] = 0x2000, 0x1000, 0x0800
     words = packed(bits, False)
-    got, counts = read(words, 64, 1024, False)
+    got, counts = read(words, 64, inner, False)
     np.testing.assert_array_equal(got, bits)
-    assert counts[2] > 14 and counts[7] >= 1
+    assert counts[2] > room and counts[7] >= 1
+
+
+def test_more_exceptions_than_have_numbers_are_refused() -> None:
+    bits = np.zeros((7680, 9216), np.uint16)
+    bits[:8] = np.random.default_rng(0).integers(0, 1 << 16, (8, 9216))
+    layout = compact.Layout(1, *bits.shape)
+    high = np.bincount((bits[:8] >> 8 & 0x7F).ravel(), minlength=128)
+    count = int(np.sort(high)[:-8].sum())
+    assert compact.NONE < count and count - layout.inline <= layout.spare  # there is room
+    with pytest.raises(ValueError, match="no compact form"):
+        packed(bits, False)
 
 
 def test_another_packer_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +172,7 @@ def test_weights_of_any_spread_are_kept_or_refused(
         outside = 0
         for strip in order.reshape(-1, 8 * shape[1]):
             count = np.sort(np.bincount(strip, minlength=128))[:-8].sum()
-            outside += max(0, count - compact.INLINE)
+            outside += max(0, count - layout.inline)
         assert outside > layout.spare
     else:
         np.testing.assert_array_equal(read(words, *shape, gated)[0], bits)
@@ -162,10 +190,11 @@ def test_boxes(strips: int, units: int) -> None:
         want = e * words + strip * (layout.strip_bytes // 8) + unit * 96 + np.arange(96)
         there = (strip < layout.strips) & (unit < layout.units)
         np.testing.assert_array_equal(got, np.where(there, want, -1))
-        got = copied(headers, headers.at(0, place, e), item=8).reshape(strips, 16)
-        want = e * words + strip[:, :, 0] * (layout.strip_bytes // 8) + np.arange(16)
+        size = layout.header // 8
+        got = copied(headers, headers.at(0, place, e), item=8).reshape(strips, size)
+        want = e * words + strip[:, :, 0] * (layout.strip_bytes // 8) + np.arange(size)
         np.testing.assert_array_equal(got, np.where(strip[:, :, 0] < layout.strips, want, -1))
-    assert box.offset == compact.HEADER and headers.offset == 0
+    assert box.offset == layout.header and headers.offset == 0
     assert layout.expert_bytes % 128 == layout.strip_bytes % 128 == 0
 
 
@@ -234,6 +263,38 @@ def test_kernels_fit_the_shared_memory(name: str) -> None:
             seen += 1
             assert (int(first or 0) + size) * _BYTES[dtype] <= SHARED_LIMIT, symbol
     assert seen > 40
+
+
+@pytest.mark.parametrize("form", target.Form)
+def test_tiles_of_the_sort_are_those_of_the_matmuls(form: target.Form) -> None:
+    streams = [s for name, s in SCHEDULES.items() if name.startswith("stream")]
+    assert len(streams) == 4
+    for schedule in streams:
+        config = schedule.config.of(form)
+        assert config.tile_rows == config.tiles.rows
+        assert config.tiles is (
+            schedule.config.compact if form is target.Form.COMPACT else schedule.config.tiles
+        )
+
+
+@pytest.mark.parametrize("name", ["cuda:sm_90a", HOPPER])
+def test_warps_ask_for_no_more_registers_than_there_are(name: str) -> None:
+    """They would wait for them without end; a block starts with 168 a thread."""
+    spec, one, own = block(), target.resolve(name), backend("cuda")
+    chosen = choose(own, (), spec, one)
+    made = lower("b0", spec, one, own, chosen, Observer(CompileOptions()), None)
+    seen = 0
+    for symbol, kernel in made.kernels.items():
+        text = kernel.func.script()
+        fewer, more = (
+            {int(n) for n in re.findall(rf'setmaxnreg\((\d+), "{what}"', text)}
+            for what in ("dec", "inc")
+        )
+        if fewer or more:
+            seen += 1
+            assert len(fewer) == len(more) == 1, symbol
+            assert 128 * fewer.pop() + 256 * more.pop() <= 384 * 168, symbol
+    assert seen == 8  # two matmuls by four schedules
 
 
 def test_weights_without_a_compact_form_are_an_error_that_says_which() -> None:

@@ -24,9 +24,10 @@ from ..passes.index_experts import IndexExperts
 from ..passes.loop_experts import LoopExperts
 from . import maps, mma, route, shrink, sort
 from .compact import COLUMNS, Layout
+from .config import CudaConfig
 from .decode import MAX_TOKENS
 from .host import entry
-from .lower import TENSOR_DTYPES, CudaConfig, CudaLowering
+from .lower import TENSOR_DTYPES, CudaLowering
 from .sort import Grid
 from .stream import StreamConfig
 
@@ -145,7 +146,9 @@ def _portable(
 
 
 _DECODE = MAX_TOKENS + 1
-_UP_TO_64, _UP_TO_160 = (16, 32, 48, 64), (48, 72, 96, 112, 128, 136, 152, 160)
+_UP_TO_64 = (16, 32, 48, 64)
+_UP_TO_144 = (48, 72, 96, 112, 120, 128, 136, 144)
+_UP_TO_160 = (48, 72, 96, 112, 128, 136, 152, 160)
 _SIMPLE = CudaConfig("simple", sorted_by=Grid.COUNTED)
 SCHEDULES = {
     schedule.name: schedule
@@ -162,7 +165,7 @@ SCHEDULES = {
             StreamConfig(64, _UP_TO_64, depth=2), StreamConfig(64, _UP_TO_64, 2), 17.0,
             Grid.CLUSTER,
         ),
-        _stream(StreamConfig(160, _UP_TO_160, 2), StreamConfig(160, _UP_TO_160, 2), 44.0,
+        _stream(StreamConfig(160, _UP_TO_160, 2), StreamConfig(144, _UP_TO_144, 2), 44.0,
                 Grid.CLUSTER),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .compact import HEADER, UNIT, Layout
+from .compact import UNIT, Layout
 from .shapes import Matmul
 
 TMA = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -135,16 +135,16 @@ def unit_box(layout: Layout, strips: int, units: int) -> Box:
         (UNIT, layout.strip_bytes, layout.expert_bytes),
         (UNIT // _WORD, units, strips, 1),
         ((0, 0, 0), (units, 0, 0), (0, 1, 0), (0, 0, 1)),
-        UNITS, HEADER,
+        UNITS, layout.header,
     )  # fmt: skip
 
 
 def header_box(layout: Layout, strips: int) -> Box:
     """The headers of so many strips of a compact weight; places are strips."""
     return Box(
-        (HEADER // _WORD, layout.strips, layout.experts),
+        (layout.header // _WORD, layout.strips, layout.experts),
         (layout.strip_bytes, layout.expert_bytes),
-        (HEADER // _WORD, strips, 1),
+        (layout.header // _WORD, strips, 1),
         ((0, 0, 0), (0, 1, 0), (0, 0, 1)),
         UNITS,
     )

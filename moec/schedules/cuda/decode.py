@@ -17,11 +17,12 @@ from tvm.script import tirx as T
 from ...spec import ActivationSpec
 from ...target import Form
 from ..buffers import Buf, Kernel, PerToken
-from . import compact
+from . import expand
 from .activation import device_function
 from .boxes import CACHE_HINT, EVICT_FIRST, NO_MAP, PACKED, TMA, header_box, row_box, unit_box
-from .compact import HEADER, HELD, STRIP, UNIT, headers_kept
+from .compact import STRIP, UNIT, headers_kept
 from .decode_config import CHUNK, DecodeConfig
+from .expand import RAW, TABLE, Expansion, Rare
 from .intrinsics import BARRIER_WAIT, fresh
 from .shapes import Matmul
 
@@ -58,6 +59,7 @@ def gate_up(
     NA = min(E, MAX_TOKENS * K)
     WROWS = I * HALVES
     COMPACT, LAYOUT = shape.form is Form.COMPACT, shape.layout
+    EXPANSION = Expansion(LAYOUT.inline, 2, Rare.ASK)
     EXPERT, STRIPPED = LAYOUT.expert_bytes // 4, LAYOUT.strips * LAYOUT.strip_bytes // 4
     TX = KO * (2 * UNIT if COMPACT else 16 * CHUNK * 2)
     BOX = unit_box(LAYOUT, 2, KO) if COMPACT else row_box(shape, PAIR, OUT, KO)
@@ -94,7 +96,7 @@ def gate_up(
         pool = T.SMEMPool()
         if COMPACT:
             units = pool.alloc((ST, 2, KO, UNIT), "uint8", align=128)
-            heads = pool.alloc((HEADS, 2, HEADER), "uint8", align=128)
+            heads = pool.alloc((HEADS, 2, LAYOUT.header), "uint8", align=128)
         else:
             ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
         red = pool.alloc((SUMS, NW, 32, 4), "float32", align=16)
@@ -199,7 +201,7 @@ def gate_up(
                         if COMPACT:
                             place = T.meta_var(i0 // 4 if PAIR else i0 // 8)
                             if c == 0:
-                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX + 2 * HEADER))
+                                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX + 2 * LAYOUT.header))
                                 T.ptx[LOAD_HEADS](heads.ptr_to([hslot, 0, 0]), T.address_of(H_map), *HEADERS.at(0, place, active[slot]), full.ptr_to([stage]))
                             else:
                                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(TX))
@@ -254,8 +256,11 @@ def gate_up(
             xf = T.alloc_local((NCH * 8,), "uint32")
             a = T.alloc_local((4,), "uint32")
             acc = T.alloc_local((8,), "float32")
-            wide = T.alloc_local((16,), "uint32")
-            held = T.alloc_local((HELD,), "uint32")
+            if COMPACT:
+                wide = T.alloc_local((16,), "uint32")
+                raw = T.alloc_local((2 * RAW,), "uint32")
+                table = T.alloc_local((TABLE,), "uint32")
+                held = T.alloc_local((EXPANSION.held,), "uint32")
             for i in T.unroll(NCH * 8):
                 xf[i] = T.uint32(0)
             if g < NT:
@@ -270,9 +275,16 @@ def gate_up(
                     wait(full.ptr_to([stage]), phase)
                     if COMPACT:
                         pool_of = T.meta_var(PACKED_W.ptr_to([T.Cast("int64", active[slot]) * EXPERT + STRIPPED]))
+                        headers = T.meta_var((heads.ptr_to([hslot, 0, 0]), heads.ptr_to([hslot, 1, 0])))
+                        places = T.meta_var((expand.place(units.ptr_to([stage, 0, wid, 0]), 8), expand.place(units.ptr_to([stage, 0, wid, 0]), 4)))
+                        EXPANSION.load(raw.ptr_to([0]), places, (0, KO * UNIT))
+                        EXPANSION.table(table.ptr_to([0]), headers)
                         if c == 0:
-                            compact.start(held.ptr_to([0]), (heads.ptr_to([hslot, 0, 0]), heads.ptr_to([hslot, 1, 0])))
-                        compact.expand(2, wide.ptr_to([0]), held.ptr_to([0]), (units.ptr_to([stage, 0, wid, 0]), units.ptr_to([stage, 1, wid, 0])), (heads.ptr_to([hslot, 0, 0]), heads.ptr_to([hslot, 1, 0])), pool_of, (c * KO + wid) * 2, compact.rare(held.ptr_to([0]), (c * KO + wid) * 2, 2))
+                            EXPANSION.start(held.ptr_to([0]), headers, pool_of)
+                        some: T.uint32 = EXPANSION.due(held.ptr_to([0]), (c * KO + wid) * 2)
+                        EXPANSION.expand(wide.ptr_to([0]), raw.ptr_to([0]), table.ptr_to([0]))
+                        if some != T.uint32(0):
+                            EXPANSION.put(wide.ptr_to([0]), held.ptr_to([0]), headers, pool_of, (c * KO + wid) * 2)
                     for s in T.unroll(4):
                         if COMPACT:
                             for i in T.unroll(4):
@@ -316,6 +328,7 @@ def down(
     NW, NCH = KO, I // CHUNK // KO
     THREADS = NW * 32 + 32
     COMPACT, LAYOUT = shape.form is Form.COMPACT, shape.layout
+    EXPANSION = Expansion(LAYOUT.inline, 2, Rare.ASK)
     EXPERT, STRIPPED = LAYOUT.expert_bytes // 4, LAYOUT.strips * LAYOUT.strip_bytes // 4
     GRAIN = STRIP if COMPACT else 1  # columns are shared out by so many
     MOST = -(-H // GRAIN // sms) * GRAIN  # columns of a block
@@ -370,7 +383,7 @@ def down(
         pool = T.SMEMPool()
         if COMPACT:
             units = pool.alloc((ST, 2, KO, UNIT), "uint8", align=128)
-            heads = pool.alloc((HEADS, NCT, 2, HEADER), "uint8", align=128)
+            heads = pool.alloc((HEADS, NCT, 2, LAYOUT.header), "uint8", align=128)
         else:
             ring = pool.alloc((ST, KO, 16, CHUNK), DT, align=1024)
         red = pool.alloc((NCT, NW, 32, 4), "float32", align=16)
@@ -447,7 +460,7 @@ def down(
         @T.inline
         def load_strips(of_units, of_headers, box, headers, count, c, ct, place, slot, e):
             if c == 0:
-                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(count * (KO * UNIT + HEADER)))
+                T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(count * (KO * UNIT + LAYOUT.header)))
                 T.ptx[LOAD_HEADS](heads.ptr_to([slot, ct, 0, 0]), T.address_of(of_headers), *headers.at(0, place, e), full.ptr_to([stage]))
             else:
                 T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(count * KO * UNIT))
@@ -475,8 +488,11 @@ def down(
             g = T.meta_var(lane // 4)
             q = T.meta_var(lane % 4)
             a = T.alloc_local((4,), "uint32")
-            wide = T.alloc_local((16,), "uint32")
-            held = T.alloc_local((NCT * HELD,), "uint32")
+            if COMPACT:
+                wide = T.alloc_local((16,), "uint32")
+                raw = T.alloc_local((2 * RAW,), "uint32")
+                table = T.alloc_local((TABLE,), "uint32")
+                held = T.alloc_local((NCT * EXPANSION.held,), "uint32")
             acc = T.alloc_local((NCT * 4,), "float32")
             part = T.alloc_local((8,), "float32")
             weight = T.alloc_local((2,), "float32")
@@ -529,9 +545,17 @@ def down(
                     pool_of = T.meta_var(PACKED_W.ptr_to([T.Cast("int64", active[j]) * EXPERT + STRIPPED]))
                     # a second strip that is not there is the first again
                     two: T.int32 = T.if_then_else(ct * 16 + STRIP < ncol, 1, 0)
+                    headers = T.meta_var((heads.ptr_to([slot, ct, 0, 0]), heads.ptr_to([slot, ct, two, 0])))
+                    own = T.meta_var(held.ptr_to([ct * EXPANSION.held]))
+                    places = T.meta_var((expand.place(units.ptr_to([stage, 0, wid, 0]), 8), expand.place(units.ptr_to([stage, 0, wid, 0]), 4)))
+                    EXPANSION.load(raw.ptr_to([0]), places, (0, two * (KO * UNIT)))
+                    EXPANSION.table(table.ptr_to([0]), headers)
                     if box % NCH == 0:
-                        compact.start(held.ptr_to([ct * HELD]), (heads.ptr_to([slot, ct, 0, 0]), heads.ptr_to([slot, ct, two, 0])))
-                    compact.expand(2, wide.ptr_to([0]), held.ptr_to([ct * HELD]), (units.ptr_to([stage, 0, wid, 0]), units.ptr_to([stage, two, wid, 0])), (heads.ptr_to([slot, ct, 0, 0]), heads.ptr_to([slot, ct, two, 0])), pool_of, (box % NCH * KO + wid) * 2, compact.rare(held.ptr_to([ct * HELD]), (box % NCH * KO + wid) * 2, 2))
+                        EXPANSION.start(own, headers, pool_of)
+                    some: T.uint32 = EXPANSION.due(own, (box % NCH * KO + wid) * 2)
+                    EXPANSION.expand(wide.ptr_to([0]), raw.ptr_to([0]), table.ptr_to([0]))
+                    if some != T.uint32(0):
+                        EXPANSION.put(wide.ptr_to([0]), own, headers, pool_of, (box % NCH * KO + wid) * 2)
                 for s in T.unroll(4):
                     if COMPACT:
                         for i in T.unroll(4):

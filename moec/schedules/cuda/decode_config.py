@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...target import Form
 from .boxes import BK
-from .compact import HEADER, STRIP, UNIT
+from .compact import STRIP, UNIT, Layout
 
 CHUNK = BK
 
@@ -36,16 +36,19 @@ def chunks_of(width: int) -> int:
 def first_config(width: int, form: Form = Form.PLAIN) -> DecodeConfig:
     """That of `gate_up`, for a K of `width`."""
     if form is Form.PLAIN:
-        return _fitting(chunks_of(width), 176, form)
+        return _fitting(chunks_of(width), width, 176, form)
     chunks = _most(width, 16)
-    return _fitting(chunks if width // CHUNK <= 3 * chunks else chunks_of(width), 168, form)
+    if width // CHUNK > 3 * chunks:
+        chunks = chunks_of(width)
+    return _fitting(chunks, width, 168, form)
 
 
 def second_config(width: int, outer: int, sms: int, form: Form = Form.PLAIN) -> DecodeConfig:
     """That of `down`, for a K of `width` and so many columns."""
     if form is Form.PLAIN:
-        return _fitting(chunks_of(width), 192, form)
-    return _fitting(_most(width, 16 if outer <= 2 * STRIP * sms else 15), 176, form)
+        return _fitting(chunks_of(width), width, 192, form)
+    chunks = _most(width, 16 if outer <= 2 * STRIP * sms else 15)
+    return _fitting(chunks, width, 176, form)
 
 
 def _most(width: int, limit: int) -> int:
@@ -53,11 +56,11 @@ def _most(width: int, limit: int) -> int:
     return max(c for c in range(1, limit + 1) if width // CHUNK % c == 0)
 
 
-def _fitting(chunks: int, kilobytes: int, form: Form) -> DecodeConfig:
+def _fitting(chunks: int, width: int, kilobytes: int, form: Form) -> DecodeConfig:
     """So many chunks a box, and a ring that takes so much shared memory."""
     box = chunks * 16 * CHUNK * 2  # bytes
     if form is Form.PLAIN:
         return DecodeConfig(chunks, max(2, kilobytes * 1024 // box), 3)
-    box = 2 * (chunks * UNIT + HEADER)
+    box = 2 * (chunks * UNIT + Layout(1, STRIP, width).header)
     # Where an expert has one box, the headers of as many experts are kept.
     return DecodeConfig(chunks, min(32, max(2, kilobytes * 1024 // box)), 3)

@@ -28,6 +28,7 @@ from ..program import Legalize, Lowering, origin
 from . import decode, dense, finish, loop, mma, simple, stream, thin
 from . import route as route_kernel
 from . import sort as sort_kernel
+from .config import CudaConfig
 from .decode_config import first_config, second_config
 from .script import quick_macros
 from .shapes import Matmul
@@ -39,23 +40,6 @@ TENSOR_DTYPES = ("bfloat16", "float16")
 # A dense weight with so few rows is read by warps, an output each: tiles would be too few to
 # occupy the GPU. Up to _NARROW while there are few tokens, up to _THIN however many there are.
 _NARROW, _THIN = 1024, 64
-
-
-@dataclass(frozen=True)
-class CudaConfig:
-    """Which family of kernels multiplies, and its tiles, where it has a choice of them.
-
-    `compact`: its tiles for compact weights. `sorted_by`: which blocks sort. `few`: the dense
-    matmuls of the block are those of at most 8 tokens.
-    """
-
-    family: str
-    tiles: Any = None
-    tile_rows: int = 64
-    grain: int = 0
-    sorted_by: sort_kernel.Grid = sort_kernel.Grid.BLOCK
-    few: bool = False
-    compact: Any = None
 
 
 @dataclass
@@ -83,7 +67,7 @@ class CudaLowering(Lowering):
 
     def table(self, config: Any) -> Mapping[str, Legalize]:
         """The legalize map of one schedule."""
-        return _Table(self, config).table()
+        return _Table(self, config.of(self.form)).table()
 
 
 class _Table:
@@ -300,12 +284,11 @@ class _Table:
                 lambda s: mma.matmul(s, tensor, config.tiles, 2 * SMS),
             )  # fmt: skip
         shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype, self.own.form)
-        tiles = config.compact if self.own.form is Form.COMPACT else config.tiles
         if reduce:
             return self.own.kernel(
-                role, (shape, tiles), lambda s: stream.down(s, shape, tiles, SMS)
+                role, (shape, config.tiles), lambda s: stream.down(s, shape, config.tiles, SMS)
             )
-        key = (shape, act or ActivationSpec(), tiles)  # the first matmul always has one
+        key = (shape, act or ActivationSpec(), config.tiles)  # the first matmul always has one
         return self.own.kernel(role, key, lambda s: stream.gate_up(s, *key, SMS))
 
     def _indexed(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 
 from ..buffers import Buf, Kernel
 from ..cpu.kernel import chunk, loop, scalar, when
-from .compact import COLUMNS, EXCEPTION, HALF, HEADER, INLINE, NONE, STRIP, Layout
+from .compact import COLUMNS, EXCEPTION, HALF, LANES, NONE, STRIP, Layout
 
 _CODES, _RARE = 8, 8  # a code, and what stands in place of one
 _HIGH = 128  # high bytes without the sign
@@ -67,22 +67,20 @@ class _Expert:
         base = T.bind(strip * _i64(self.layout.strip_bytes // 4))
         first = T.bind(self._first_row(strip))
         self._choose(first, base, codes)
-        with loop(INLINE) as number:
-            at = base + _i64(_FIRST) + number * _i64(2)
-            T.buffer_store(self.dst, _i32(0), [at])
-            T.buffer_store(self.dst, _i32(NONE), [at + _i64(1)])
-        found = scalar("int32", _i32(0))
+        with loop(self.layout.inline * EXCEPTION // 4) as word:
+            T.buffer_store(self.dst, _i32(0), [base + _i64(_FIRST) + word])
+        found, last = self._none_yet()
 
-        def keep(number: Any, what: Any, half: Any) -> None:
-            with when(number < _i32(INLINE)):
+        def keep(number: Any, what: Any, where: Any) -> None:
+            with when(number < _i32(self.layout.inline)):
                 at = T.bind(base + _i64(_FIRST) + tirx.Cast("int64", number) * _i64(2))
                 T.buffer_store(self.dst, what, [at])
-                T.buffer_store(self.dst, half, [at + _i64(1)])
+                T.buffer_store(self.dst, where, [at + _i64(1)])
 
         with self._lanes() as (half, g, q):
             values = self._values(first, half, g, q)
             own = [T.bind(tirx.BufferLoad(codes, [self._high(v)])) for v in values]
-            units = base + _i64(HEADER // 4) + half * _i64(HALF // 4)
+            units = base + _i64(self.layout.header // 4) + half * _i64(HALF // 4)
             lane = T.bind(g * _i64(4) + q)
             for word in range(2):
                 low = [v & _i32(0xFF) for v in values[word * 4 : word * 4 + 4]]
@@ -97,7 +95,7 @@ class _Expert:
             for code in own[1:]:
                 rare = rare | code
             with when(rare >= _i32(_RARE)):
-                self._exceptions(values, own, half, lane, found, keep)
+                self._exceptions(values, own, half, lane, found, last, keep)
         T.buffer_store(self.dst, tirx.BufferLoad(found, [0]), [base + _i64(_COUNT)])
         T.buffer_store(self.dst, _i32(0), [base + _i64(_PLACE)])
 
@@ -112,32 +110,34 @@ class _Expert:
         with loop(layout.strips) as strip:
             base = T.bind(strip * _i64(layout.strip_bytes // 4))
             count = T.bind(tirx.BufferLoad(self.dst, [base + _i64(_COUNT)]))
-            with when(count > _i32(INLINE)):
+            with when(count > _i32(layout.inline)):
                 start = T.bind(tirx.BufferLoad(used, [0]))
                 T.buffer_store(self.dst, start, [base + _i64(_PLACE)])
-                T.buffer_store(used, start + count - _i32(INLINE), [0])
+                # exceptions have numbers below NONE
+                many = tirx.Cast("int32", count > _i32(NONE)) * _i32(layout.spare)
+                T.buffer_store(used, start + many + count - _i32(layout.inline), [0])
                 with loop(_HIGH) as high:
                     T.buffer_store(codes, _i32(_RARE), [high])
                 for code in range(_CODES):
                     word = tirx.BufferLoad(self.dst, [base + _i64(code // 4)])
                     high = (word >> _i32(8 * (code % 4))) & _i32(0xFF)
                     T.buffer_store(codes, _i32(code), [tirx.Cast("int64", high)])
-                found = scalar("int32", _i32(0))
+                found, last = self._none_yet()
 
-                def keep(number: Any, what: Any, half: Any, start: Any = start) -> None:
-                    place = T.bind(start + number - _i32(INLINE))
-                    room = tirx.And(number >= _i32(INLINE), place < _i32(layout.spare))
+                def keep(number: Any, what: Any, where: Any, start: Any = start) -> None:
+                    place = T.bind(start + number - _i32(layout.inline))
+                    room = tirx.And(number >= _i32(layout.inline), place < _i32(layout.spare))
                     with when(room):
                         at = T.bind(_i64(pool) + tirx.Cast("int64", place) * _i64(2))
                         T.buffer_store(self.dst, what, [at])
-                        T.buffer_store(self.dst, half, [at + _i64(1)])
+                        T.buffer_store(self.dst, where, [at + _i64(1)])
 
                 first = T.bind(self._first_row(strip))
                 with self._lanes() as (half, g, q):
                     values = self._values(first, half, g, q)
                     own = [T.bind(tirx.BufferLoad(codes, [self._high(v)])) for v in values]
                     lane = T.bind(g * _i64(4) + q)
-                    self._exceptions(values, own, half, lane, found, keep)
+                    self._exceptions(values, own, half, lane, found, last, keep)
         # Who calls this tells such weights from a fault by the kind of the error.
         with T.Assert(tirx.BufferLoad(used, [0]) <= _i32(layout.spare), OVERFULL, "ValueError"):
             T.evaluate(0)
@@ -149,8 +149,19 @@ class _Expert:
         pair = tirx.floordiv(strip, _i64(2)) * _i64(STRIP)
         return pair + tirx.floormod(strip, _i64(2)) * _i64(self.layout.rows // 2)
 
-    def _lanes(self) -> AbstractContextManager[tuple[Any, ...]]:
-        return _nest(self.layout.inner // (COLUMNS // 2), STRIP, 4)
+    @contextmanager
+    def _lanes(self) -> Iterator[tuple[Any, ...]]:
+        """(half, g, q) of all lanes, from the last half to the first."""
+        halves = self.layout.inner // (COLUMNS // 2)
+        with loop(halves) as before, loop(STRIP) as g, loop(LANES // STRIP) as q:
+            yield T.bind(_i64(halves - 1) - before), g, q
+
+    def _none_yet(self) -> tuple[Any, Any]:
+        """Of a strip: how many exceptions were found, and the number of each lane's last one."""
+        last = T.alloc_buffer((LANES,), "int32")
+        with loop(LANES) as lane:
+            T.buffer_store(last, _i32(NONE), [lane])
+        return scalar("int32", _i32(0)), last
 
     def _high(self, value: Any) -> Any:
         return tirx.Cast("int64", (value >> _i32(8)) & _i32(_HIGH - 1))
@@ -172,13 +183,16 @@ class _Expert:
         half: Any,
         lane: Any,
         found: Any,
+        last: Any,
         keep: Callable[[Any, Any, Any], None],
     ) -> None:
         for place, (value, code) in enumerate(zip(values, codes, strict=True)):
             with when(code >= _i32(_RARE)):
                 number = T.bind(tirx.BufferLoad(found, [0]))
                 where = _i32(place << 16) | (tirx.Cast("int32", lane) << _i32(20))
-                keep(number, T.bind(value | where), tirx.Cast("int32", half))
+                next_one = tirx.BufferLoad(last, [lane]) << _i32(16)
+                keep(number, T.bind(value | where), T.bind(tirx.Cast("int32", half) | next_one))
+                T.buffer_store(last, number, [lane])
                 T.buffer_store(found, number + _i32(1), [0])
 
     def _choose(self, first: Any, base: Any, codes: Any) -> None:
@@ -210,13 +224,6 @@ class _Expert:
         for word in range(2):
             own = _or(chosen[word * 4 : word * 4 + 4], (0, 8, 16, 24))
             T.buffer_store(self.dst, own, [base + _i64(word)])
-
-
-@contextmanager
-def _nest(*extents: int) -> Iterator[tuple[Any, ...]]:
-    """Nested serial loops."""
-    with ExitStack() as stack:
-        yield tuple(stack.enter_context(loop(extent)) for extent in extents)
 
 
 def _or(values: list[Any], places: tuple[int, ...]) -> Any:

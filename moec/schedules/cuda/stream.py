@@ -6,7 +6,7 @@ gated first matmul the tile holds a few gate rows, their up rows, the next gate 
 box of five dimensions lays the canonical weight out like that, and both values of a pair end up
 in one thread. Every warp transposes its own results through shared memory.
 
-Compact weights (compact.py) are expanded into the registers that wgmma takes its M side from, for
+Compact weights are expanded (expand.py) into the registers that wgmma takes its M side from, for
 one group of wgmma while another runs. All widths share that loop: a loop for each, as plain weights
 have them, lacks registers.
 
@@ -24,7 +24,7 @@ from ...errors import TargetError
 from ...spec import ActivationSpec
 from ...target import Form
 from ..buffers import Kernel
-from . import compact
+from . import expand
 from .activation import device_function
 from .boxes import (
     BK,
@@ -39,15 +39,17 @@ from .boxes import (
     tile_box,
     unit_box,
 )
-from .compact import HALF, HEADER, HELD, STRIP, UNIT, headers_kept
+from .compact import HALF, STRIP, UNIT, headers_kept
+from .expand import RAW, SCRATCH, TABLE, Expansion, Rare
 from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
 from .shapes import Matmul
 from .sort import GROUP
 
 TMA2 = TMA.format(2)
 QUEUE = 4  # tiles that were claimed and are not all heard of yet, at most
-THREADS = 384  # two consumer warpgroups; three warps that gather tokens; one for TMA
-GATHERING = 96
+WARPS, GATHERING = 8, 96  # that multiply; threads that gather tokens
+LOADER = WARPS + GATHERING // 32  # the warp that loads by TMA
+THREADS = 32 * (LOADER + 1)
 SHARED_LIMIT = 227 * 1024
 
 
@@ -76,6 +78,11 @@ class StreamConfig:
             raise TargetError("stream: three stages do not fit the shared memory")
 
     @property
+    def tile(self) -> int:
+        """Weight rows of a tile."""
+        return 128 * self.blocks
+
+    @property
     def box(self) -> int:
         """Tokens of a TMA box."""
         return next(p for p in (64, 32, 16, 8) if self.rows % p == 0)
@@ -87,22 +94,23 @@ class StreamConfig:
 
     def ring(self) -> int:
         """Stages of the ring."""
-        stage = self.depth * (128 * self.blocks + self.rows) * BK * 2 + 16
+        stage = self.depth * (self.tile + self.rows) * BK * 2 + 16
         return self.stages or min(12, self._room // stage)
 
-    def compact_ring(self, steps: int) -> int:
+    def compact_ring(self, steps: int, header: int) -> int:
         """Stages of the ring where weights are compact and a tile has so many steps."""
-        strips = 128 * self.blocks // STRIP
+        strips = self.tile // STRIP
         stage = self.depth * (strips * UNIT + self.rows * BK * 2) + 16
 
         def needed(stages: int) -> int:
-            return stages * stage + headers_kept(stages, steps) * strips * HEADER
+            return stages * stage + headers_kept(stages, steps) * strips * header
 
-        return next(n for n in range(12, 0, -1) if needed(n) <= self._room - 1024)
+        room = self._room - 1024 - WARPS * 4 * SCRATCH
+        return next(n for n in range(12, 2, -1) if needed(n) <= room)
 
     @property
     def _room(self) -> int:
-        return SHARED_LIMIT - 8 * self.part * 32 * self.blocks - 256 - 32 * QUEUE
+        return SHARED_LIMIT - self.part * self.tile * 2 - 256 - 32 * QUEUE
 
 
 def gate_up(
@@ -132,15 +140,15 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     EXPERT, STRIPPED = LAYOUT.expert_bytes // 4, LAYOUT.strips * LAYOUT.strip_bytes // 4
     N, D, MB = config.rows, config.depth, config.blocks
     KB = -(-K // (BK * D))
-    ST = config.compact_ring(KB) if COMPACT else config.ring()
-    BM = 128 * MB
+    ST = config.compact_ring(KB, LAYOUT.header) if COMPACT else config.ring()
+    BM = config.tile
     NOUT = BM // 2 if PAIR else BM  # outputs of a tile
-    WOUT = NOUT // 8  # of a warp
+    WOUT = NOUT // WARPS  # of a warp
     NB = -(-COLS // NOUT)
     EARLY = min(ST, KB)  # stages whose weights are loaded before the wait
     LOOK = min(2, KB - 1)  # K block at which the next tile is looked up
     CLAIMS = 1 if FIRST else 2  # the counter in tile_count
-    HEARERS = 8 + GATHERING // 32 if FIRST else 8  # warps that are told of a tile
+    HEARERS = LOADER if FIRST else WARPS  # warps that are told of a tile
     WIDTHS = config.widths or (N,)
     NV = len(WIDTHS)
     NACC = MB * N // 2
@@ -167,7 +175,10 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     HEADERS = header_box(LAYOUT, STRIPS)
     LOAD_HEADS = TMA.format(HEADERS.rank)
     HEADS = headers_kept(ST, KB) if COMPACT else 0  # tiles
-    HBYTES = STRIPS * HEADER
+    HBYTES = STRIPS * LAYOUT.header
+    # Registers of a thread that loads, and of one that multiplies: no more than the 168 in the
+    # middle that a block starts with. More would be waited for without end.
+    FEW, MANY = (56, 224) if COMPACT else (88, 208)
     MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     WEIGHT_TMA = TMA.format(BOXED.rank) + CACHE_HINT
     # Of weights that one tile needs. Short rows are fetched with their neighbours, which the next
@@ -175,13 +186,29 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     ALONE = EVICT_FIRST if D > 1 else EVICT_NORMAL
     ACT, ACT_SRC = device_function(act, PAIR) if FIRST else ("", "")
 
+    # of a group of wgmma: the K block of its stage, the M = 64 block, the half of the unit
+    def depth_of(g: int) -> int:
+        return g // (2 // HALVES) // MB
+
+    def block_of(g: int) -> int:
+        return g // (2 // HALVES) % MB
+
+    def half_of(g: int) -> int:
+        return g % (2 // HALVES)
+
+    def bytes_of(g: int, f: int) -> int:
+        """From a warp's part of a stage to what a group takes of the first or second strip."""
+        return (strip_of(block_of(g), f) * D + depth_of(g)) * UNIT + half_of(g) * HALF
+
     def strip_of(mb: int, f: int) -> int:
         """Of a warp's strips that with the first (f = 0) or last eight rows of an M = 64 block."""
         return mb * 2 + f if PAIR else f * MB + mb
 
     # halves of a unit that are expanded and multiplied at a time: as many as there are registers for
-    HALVES = 2 if MB * N <= 128 and MB * D % 2 == 0 else 1
-    PICKED, PICKED_SRC = compact.multiply_picked(WIDTHS, 2 * HALVES)
+    HALVES = 2 if MB * N <= 288 and MB * D % 2 == 0 else 1
+    EXPANSION = Expansion(LAYOUT.inline, HALVES, Rare.OWN)
+    GROUPS = D * MB * (2 // HALVES)  # of wgmma, of a stage
+    PICKED, PICKED_SRC = expand.multiply_picked(WIDTHS, 2 * HALVES)
 
     # fmt: off
     @T.prim_func
@@ -214,11 +241,13 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         pool = T.SMEMPool()
         if COMPACT:
             units = pool.alloc((ST, STRIPS, D, UNIT), "uint8", align=1024)
-            heads = pool.alloc((HEADS, STRIPS, HEADER), "uint8", align=1024)
+            heads = pool.alloc((HEADS, STRIPS, LAYOUT.header), "uint8", align=1024)
         else:
             As = pool.alloc((ST, D, BM, BK), DT, align=1024)
         Bs = pool.alloc((ST, D, N, BK), DT, align=1024)
-        Ds = pool.alloc((8, PART, WOUT), DT, align=128)
+        if COMPACT:
+            scratch = pool.alloc((WARPS, SCRATCH), "int32", align=4)
+        Ds = pool.alloc((WARPS, PART, WOUT), DT, align=128)
         full = pool.alloc((ST,), "uint64", align=8)
         empty = pool.alloc((ST,), "uint64", align=8)
         claims = pool.alloc((QUEUE, 4), "int32", align=16)
@@ -226,10 +255,10 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         heard = pool.alloc((QUEUE,), "uint64", align=8)
         pool.commit()
 
-        if tid == 352:
+        if tid == LOADER * 32:
             for i in T.unroll(ST):
                 T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(FULL))
-                T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(8))
+                T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(WARPS))
             for i in T.unroll(QUEUE):
                 T.ptx.mbarrier.init.shared.b64(told.ptr_to([i]), T.uint32(1))
                 T.ptx.mbarrier.init.shared.b64(heard.ptr_to([i]), T.uint32(HEARERS))
@@ -303,8 +332,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             else:
                 T.ptx[WEIGHT_TMA](As.ptr_to([stage, 0, 0, 0]), T.address_of(A_map), *BOXED.at(k, n, e), full.ptr_to([stage]), policy)
 
-        if wid == 11:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
+        if wid == LOADER:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](FEW)
             if lane == 0:
                 k0: T.int32 = 0
                 boxes: T.int32
@@ -398,14 +427,22 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     k0 = 0
                     next_heads()
                     tell()
-        elif wid >= 8:
-            T.ptx["setmaxnreg.dec.sync.aligned.u32"](88)
+        elif wid >= WARPS:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](FEW)
             if FIRST:
                 # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight.
                 # Addresses are kept, a K block behind: worked out for every copy, they keep
                 # these warps so busy that the tensor cores wait (a seventh of the time).
                 place = T.alloc_local((TURNS * 2,), "uint64")
-                first: T.int32 = (wid - 8) * 8
+                first: T.int32 = (wid - WARPS) * 8
+                if COMPACT:
+                    behind: T.int32 = -1
+
+                @T.inline
+                def arrive_gathered(s):
+                    T.ptx.fence.proxy.async_.shared__cta()
+                    T.ptx.mbarrier.arrive.shared.b64(full.ptr_to([s]), T.uint32(1))
+
                 hear()
                 while rows > 0:
                     for p in T.unroll(TURNS):
@@ -428,12 +465,25 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                                             T.cuda.func_call("moec_copy16", Bs.ptr_to([stage, d, row, swizzled]), place[p * 2 + h], source_code=COPY16)
                                         else:
                                             T.cuda.func_call("moec_copy_part", Bs.ptr_to([stage, d, row, swizzled]), place[p * 2 + h], T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0), source_code=COPY16)
-                        # arrives when this thread's copies have: nothing waits for them here
-                        T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](full.ptr_to([stage]))
+                        if COMPACT:
+                            # What cp.async wrote is ordered before what wgmma reads here, a stage later, and
+                            # not by those that multiply, who would wait for it in every stage.
+                            T.ptx.cp.async_.commit_group()
+                            T.ptx.cp.async_.wait_group(1)
+                            if behind >= 0:
+                                arrive_gathered(behind)
+                            behind = stage
+                        else:
+                            # arrives when this thread's copies have: nothing waits for them here
+                            T.ptx["cp.async.mbarrier.arrive.noinc.shared.b64"](full.ptr_to([stage]))
                         advance()
+                    if COMPACT:
+                        T.ptx.cp.async_.wait_group(0)
+                        arrive_gathered(behind)
+                        behind = -1
                     hear()
         else:
-            T.ptx["setmaxnreg.inc.sync.aligned.u32"](208)
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](MANY)
             to_row = T.alloc_local((-(-N // 32),), "int32")
             acc = T.alloc_local((NACC,), "float32")
             hw = T.alloc_local((MATRICES,), "uint32")
@@ -476,44 +526,66 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
 
-            # The A side is expanded into registers: of one M = 64 block while another is multiplied.
+            # The A side of a group of wgmma is expanded into registers while the group before runs. What
+            # it is expanded from was loaded before that one began, the first of a stage in the stage before.
             @T.inline
             def multiply_compact(pick):
                 wide = T.alloc_local((16 * HALVES,), "uint32")
-                held = T.alloc_local((MB * HELD,), "uint32")
-                # Opaque, so that ptxas need not keep them in uniform registers, whose comparisons and
-                # sums are slow on the way to a group. What that gains was not measured by itself.
-                picked: T.int32 = opaque(pick)
-                high: T.int32 = opaque(T.Cast("int32", T.shift_right(dB, T.uint64(32))))
-                first: T.int32 = opaque(T.Cast("int32", dB & T.uint64(0xFFFFFFFF)))
+                raw = T.alloc_local((RAW * HALVES,), "uint32")
+                held = T.alloc_local((MB * EXPANSION.held,), "uint32")
+                table = T.alloc_local((MB * TABLE,), "uint32")
+                high: T.int32 = T.Cast("int32", T.shift_right(dB, T.uint64(32)))
+                first: T.int32 = T.Cast("int32", dB & T.uint64(0xFFFFFFFF))
+                low_bytes: T.uint32 = expand.place(units.ptr_to([0, wid * (2 * MB), 0, 0]), 8)
+                codes_of: T.uint32 = expand.place(units.ptr_to([0, wid * (2 * MB), 0, 0]), 4)
+                some: T.uint32
                 pool_of = T.meta_var(PACKED_W.ptr_to([T.Cast("int64", e) * EXPERT + STRIPPED]))
+
+                @T.inline
+                def load(g, k):
+                    EXPANSION.load(raw.ptr_to([0]), (low_at, codes_at), (bytes_of(g, 0), bytes_of(g, 1)))
+                    some = EXPANSION.due(held.ptr_to([block_of(g) * EXPANSION.held]), (k * D + depth_of(g)) * 2 + half_of(g))
+
+                @T.inline
+                def at_stage():
+                    low_at = low_bytes + T.Cast("uint32", stage) * T.uint32(ABYTES)
+                    codes_at = codes_of + T.Cast("uint32", stage) * T.uint32(ABYTES)
+
+                low_at: T.uint32
+                codes_at: T.uint32
+                wait(full.ptr_to([stage]), phase)
+                for mb in T.unroll(MB):
+                    headers = T.meta_var((heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 0), 0]), heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 1), 0])))
+                    EXPANSION.table(table.ptr_to([mb * TABLE]), headers)
+                    EXPANSION.start(held.ptr_to([mb * EXPANSION.held]), headers, pool_of, scratch.ptr_to([wid, 0]))
+                at_stage()
+                load(0, 0)
                 for k in T.serial(steps):
                     low: T.int32 = first + stage * (BBYTES // 16)
-                    wait(full.ptr_to([stage]), phase)
-                    if FIRST:
-                        T.ptx.fence.proxy.async_.shared__cta()
-                    if k == 0:
-                        for mb in T.unroll(MB):
-                            compact.start(held.ptr_to([mb * HELD]), (heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 0), 0]), heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 1), 0])))
-                    for d in T.unroll(D):
-                        for mb in T.unroll(MB):
-                            for part in T.unroll(2 // HALVES):
-                                # the registers that the group before the last was multiplied from
-                                own = T.meta_var(((d * MB + mb) * (2 // HALVES) + part) % 2 * 8 * HALVES)
-                                half: T.int32 = (k * D + d) * 2 + part
-                                some: T.uint32 = compact.rare(held.ptr_to([mb * HELD]), half, HALVES)
-                                one = T.meta_var(wid * (2 * MB) + strip_of(mb, 0))
-                                two = T.meta_var(wid * (2 * MB) + strip_of(mb, 1))
-                                T.ptx.wgmma.wait_group.sync.aligned(1)
-                                if (d * MB + mb) * (2 // HALVES) + part == 1:
-                                    if k > 0:
-                                        release(prev)
-                                compact.expand(HALVES, wide.ptr_to([own]), held.ptr_to([mb * HELD]), (units.ptr_to([stage, one, d, part * HALF]), units.ptr_to([stage, two, d, part * HALF])), (heads.ptr_to([hslot, one, 0]), heads.ptr_to([hslot, two, 0])), pool_of, half, some)
-                                T.ptx.wgmma.fence.sync.aligned()
-                                T.cuda.func_call(PICKED, acc.ptr_to([mb * (N // 2)]), wide.ptr_to([own]),
-                                    low + (d * (N * BK * 2 // 16) + part * 4), high, T.Cast("int32", (k + d + part) != 0), picked, source_code=PICKED_SRC)
-                    prev = stage
-                    advance()
+                    for g in T.unroll(GROUPS):
+                        # the registers that the group before the last was multiplied from
+                        own = T.meta_var(g % 2 * 8 * HALVES)
+                        mb = T.meta_var(block_of(g))
+                        headers = T.meta_var((heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 0), 0]), heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 1), 0])))
+                        T.ptx.wgmma.wait_group.sync.aligned(1)
+                        if g == 1:
+                            if k > 0:
+                                release(prev)
+                        EXPANSION.expand(wide.ptr_to([own]), raw.ptr_to([0]), table.ptr_to([mb * TABLE]))
+                        if some != T.uint32(0):
+                            EXPANSION.put(wide.ptr_to([own]), held.ptr_to([mb * EXPANSION.held]), headers, pool_of, (k * D + depth_of(g)) * 2 + half_of(g))
+                        T.ptx.wgmma.fence.sync.aligned()
+                        T.cuda.func_call(PICKED, acc.ptr_to([mb * (N // 2)]), wide.ptr_to([own]),
+                            low + (depth_of(g) * (N * BK * 2 // 16) + half_of(g) * 4), high, T.Cast("int32", (k + depth_of(g) + half_of(g)) != 0), pick, source_code=PICKED_SRC)
+                        if g < GROUPS - 1:
+                            load(g + 1, k)
+                        else:
+                            prev = stage
+                            advance()
+                            if k + 1 < steps:
+                                wait(full.ptr_to([stage]), phase)
+                                at_stage()
+                                load(0, k + 1)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
 
