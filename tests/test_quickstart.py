@@ -55,6 +55,16 @@ def test_a_checkpoint_of_the_user(
     assert f"{len(rows)} of {len(rows)} results right." in table
 
 
+@pytest.mark.parametrize("command", [["quickstart"], ["selftest", "-t", "cpu"]])
+def test_a_wrong_number_of_threads_is_refused_before_the_work(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "many")
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert "TVM_NUM_THREADS is 'many'" in err and "checkpoint" not in out + err
+
+
 def test_a_wrong_result_is_said_and_fails(
     saved: Saved, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

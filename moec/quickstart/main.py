@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import host
 from ..runtime import load
 from .runs import Row, demand_right, measure_all
 from .table import text
@@ -22,8 +23,9 @@ def main(checkpoint: str | None, console: Console, *, as_json: bool = False) -> 
     """Run the quickstart on `checkpoint`, or on one that it writes; 0 when every row is right.
 
     Prints a table, or JSON. Raises CheckFailed when a result is wrong, and what compiling and
-    loading raise.
+    loading raise, before them UsageError for a TVM_NUM_THREADS that is no number of threads.
     """
+    host.threads()
     with _folder() as folder:
         if checkpoint is None:
             checkpoint = _made(folder, console)

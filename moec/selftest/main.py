@@ -29,8 +29,9 @@ def main(name: str, console: Console, *, speed: bool = True, as_json: bool = Fal
     the quickstart is checked and timed too. Prints a receipt: versions, machine, one line a
     result. Raises CheckFailed when a result is wrong, TargetError for a target that has no
     self test or that this machine cannot run (before anything is compiled), and what compiling
-    and loading raise.
+    and loading raise, before them UsageError for a TVM_NUM_THREADS that is no number of threads.
     """
+    host.threads()
     resolved = target.resolve(name)
     device = _DEVICES.get(resolved.kind)
     if device is None:

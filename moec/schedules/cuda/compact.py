@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 STRIP, COLUMNS = 8, 64  # rows of a strip, columns of a unit
 UNIT, HALF, LANES = 768, 384, 32  # bytes, bytes
-NONE = 0xFFFF
+NONE = 0xFFFF  # beyond the numbers of halves, as a spec has widths up to 2^20
 EXCEPTION = 8  # bytes
 _HEAD, _LINE = 16, 128  # bytes before the exceptions of a header; of the L2
 _SHORT = 64  # units of a strip whose exceptions find room in one line
