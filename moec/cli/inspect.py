@@ -6,12 +6,12 @@ import argparse
 import os
 from typing import Any
 
-from .. import host
 from ..artifact import Artifact, Function, Manifest
 from ..artifact.manifest import MANIFEST
 from ..errors import BadWeights
 from ..text import ranges, size
 from .console import Console
+from .here import reason
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -62,7 +62,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
             name: {
                 "device": target.device,
                 "requires": dict(target.requires),
-                "runs_here": host.missing(target.requires) is None,
+                "runs_here": reason(target.requires) is None,
                 "functions": {
                     key: {fn: _variants(f) for fn, f in compiled.functions.items()}
                     for key, compiled in target.shapes.items()
@@ -97,8 +97,7 @@ def _print(artifact: Artifact, console: Console) -> None:
             f"I={e.intermediate_size} {shape.spec.dtype}, layers {ranges(layers)}"
         )
     for name, target in m.targets.items():
-        reason = host.missing(target.requires)
-        console.data(f"target    {name}: {'runs here' if reason is None else reason}")
+        console.data(f"target    {name}: {reason(target.requires) or 'runs here'}")
         for key, compiled in target.shapes.items():
             for function, f in compiled.functions.items():
                 names = ", ".join(f"{v.schedule}{_tokens(v.tokens)}" for v in f.variants)

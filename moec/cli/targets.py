@@ -6,9 +6,9 @@ import argparse
 import textwrap
 from typing import Any
 
-from .. import host, target
-from ..errors import MoecError
+from .. import target
 from .console import Console
+from .here import reason
 
 _WIDTH = 100
 
@@ -54,20 +54,20 @@ def targets() -> dict[str, dict[str, Any]]:
         table[f"cpu:{name}" + (" (= cpu)" if name == here else "")] = {
             "arch": resolved.arch,
             "kernels": resolved.isa,
-            "reason": host.missing(requires),
+            "reason": reason(requires),
         }
     for name in target.GPUS:
         resolved = target.resolve(f"cuda:{name}")
         table[f"cuda:{name}" + (" (= cuda)" if name == target.GPUS[0] else "")] = {
             "arch": resolved.arch,
             "kernels": _code(resolved),
-            "reason": _no_gpu(resolved),
+            "reason": reason({"os": resolved.os, "arch": resolved.arch, "gpu": resolved.isa}),
         }
     metal = target.resolve("metal")
     table["metal"] = {
         "arch": metal.arch,
         "kernels": "MSL 2.3",
-        "reason": host.missing({"os": metal.os, "arch": metal.arch}),
+        "reason": reason({"os": metal.os, "arch": metal.arch}),
     }
     return table
 
@@ -76,19 +76,6 @@ def _code(resolved: target.Target) -> str:
     kind = "PTX" if resolved.isa.startswith("compute") else "cubins"
     form = ", 12 bits" if resolved.form is target.Form.COMPACT else ""
     return f"{kind} of {resolved.isa}{form}"
-
-
-def _no_gpu(resolved: target.Target) -> str | None:
-    """Why the first CUDA device does not run code of a target; None if it does."""
-    from ..runtime import cuda
-
-    reason = host.missing({"os": resolved.os, "arch": resolved.arch})
-    if reason is not None:
-        return reason
-    try:
-        return cuda.missing(resolved.isa, 0)
-    except MoecError as error:
-        return error.message.partition(":")[0]  # without what the loader said
 
 
 def schedules() -> dict[str, dict[str, dict[str, Any]]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from .. import host
 from ..artifact import Artifact
 from ..errors import CheckFailed
 from ..text import size
 from .console import Console
+from .here import reason
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             hint="get the artifact that belongs to the digest, or ask for this digest",
         )
     total = sum(entry.bytes for entry in manifest.files.values())
-    reasons = {name: host.missing(target.requires) for name, target in manifest.targets.items()}
+    reasons = {name: reason(target.requires) for name, target in manifest.targets.items()}
     if args.json:
         console.json(
             {
@@ -32,12 +32,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 "digest": manifest.digest,
                 "files": len(manifest.files),
                 "bytes": total,
-                "runs_here": {name: reason is None for name, reason in reasons.items()},
+                "runs_here": {name: why is None for name, why in reasons.items()},
             }
         )
         return 0
     console.data(f"ok      {len(manifest.files)} files, {size(total)}")
     console.data(f"digest  {manifest.digest}")
-    for name, reason in reasons.items():
-        console.data(f"target  {name}: {'runs here' if reason is None else reason}")
+    for name, why in reasons.items():
+        console.data(f"target  {name}: {why or 'runs here'}")
     return 0

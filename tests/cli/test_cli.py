@@ -16,7 +16,8 @@ import pytest
 from moec import cli
 from moec.cli import compile as compile_verb
 from moec.cli.console import Console
-from moec.errors import BadWeights, UsageError
+from moec.errors import BadWeights, TargetError, UsageError
+from moec.runtime import cuda
 from moec.text import amount, ranges, size
 from tests.runtime import fake
 
@@ -98,6 +99,40 @@ def test_verify(capsys: Capture, tmp_path: Path) -> None:
     assert (code, out, len(lines)) == (5, "", 4)
     assert lines[0].startswith("moec: error: lib/cpu-fake.so has ")
     assert [line[:7] for line in lines[1:]] == ["  in   ", "  need ", "  try  "]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (None, None),
+        ("holds code for sm_80, cuda:0 is sm_90", "holds code for sm_80, cuda:0 is sm_90"),
+        (TargetError("there is no NVIDIA driver here: libcuda.so.1"),
+         "there is no NVIDIA driver here"),
+    ],
+)  # fmt: skip
+def test_code_for_a_gpu_runs_where_the_gpu_takes_it(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Any, why: str | None
+) -> None:
+    def missing(built_for: str, device: int) -> str | None:
+        assert (built_for, device) == ("sm_80", 0)
+        if isinstance(said, TargetError):
+            raise said
+        return said
+
+    monkeypatch.setattr(cuda, "missing", missing)
+    path = fake.copied(tmp_path)
+
+    def with_gpu(targets: dict[str, Any]) -> dict[str, Any]:
+        own = targets["cpu-fake"]
+        return {"cpu-fake": {**own, "requires": {**own["requires"], "gpu": "sm_80"}}}
+
+    fake.edit(path, targets=with_gpu)
+    for command in ("inspect", "verify"):
+        code, out, err = call(capsys, command, path)
+        assert code == 0 and err == "" and f"cpu-fake: {why or 'runs here'}" in out
+        facts = json.loads(call(capsys, command, path, "--json")[1])
+        here = facts["runs_here"] if command == "verify" else facts["targets"]["cpu-fake"]
+        assert here["cpu-fake" if command == "verify" else "runs_here"] is (why is None)
 
 
 def test_inspect_artifact(capsys: Capture) -> None:
