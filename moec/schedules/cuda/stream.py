@@ -527,7 +527,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 release(prev)
 
             # The A side of a group of wgmma is expanded into registers while the group before runs. What
-            # it is expanded from was loaded before that one began, the first of a stage in the stage before.
+            # it is expanded from is loaded as soon as that one has begun, into the next stage as well.
             @T.inline
             def multiply_compact(pick):
                 wide = T.alloc_local((16 * HALVES,), "uint32")
