@@ -127,10 +127,7 @@ def shipped(s: Shape, form: Form) -> list[Variant]:
         c, low, high = schedule.config, max(1, tokens.low), tokens.high or 1 << 30
         name = schedule.name + ("" if form is Form.PLAIN else f"_{form.value}")
         if c.family == "decode":
-            first, second = (
-                first_config(s.H, form),
-                second_config(s.I, s.H, SMS, form),
-            )
+            first, second = first_config(s.H, form), second_config(s.I, s.H, SMS, form)
             variant = decode_variant(s, name, first, second, form)
             out.append(replace(variant, low=low, high=high))
         else:

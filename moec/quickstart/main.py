@@ -25,7 +25,7 @@ def main(checkpoint: str | None, console: Console, *, as_json: bool = False) -> 
     Prints a table, or JSON. Raises CheckFailed when a result is wrong, and what compiling and
     loading raise, before them UsageError for a TVM_NUM_THREADS that is no number of threads.
     """
-    host.threads()
+    host.threads()  # raises: not after minutes of compiling
     with _folder() as folder:
         if checkpoint is None:
             checkpoint = _made(folder, console)

@@ -31,7 +31,7 @@ def main(name: str, console: Console, *, speed: bool = True, as_json: bool = Fal
     self test or that this machine cannot run (before anything is compiled), and what compiling
     and loading raise, before them UsageError for a TVM_NUM_THREADS that is no number of threads.
     """
-    host.threads()
+    host.threads()  # raises: not after minutes of compiling
     resolved = target.resolve(name)
     device = _DEVICES.get(resolved.kind)
     if device is None:

@@ -23,7 +23,7 @@ from .boxes import CACHE_HINT, EVICT_FIRST, NO_MAP, PACKED, TMA, header_box, row
 from .compact import STRIP, UNIT, headers_kept
 from .decode_config import CHUNK, DecodeConfig
 from .expand import RAW, TABLE, Expansion, Rare
-from .intrinsics import BARRIER_WAIT, fresh
+from .intrinsics import fresh, wait
 from .shapes import Matmul
 
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -146,10 +146,6 @@ def gate_up(
 
         stage: T.int32 = 0
         phase: T.int32 = 0
-
-        @T.inline
-        def wait(bar, parity):
-            T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
         @T.inline
         def advance():
@@ -431,10 +427,6 @@ def down(
 
         stage: T.int32 = 0
         phase: T.int32 = 0
-
-        @T.inline
-        def wait(bar, parity):
-            T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
         @T.inline
         def advance():

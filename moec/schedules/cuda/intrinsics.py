@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 # T.cuda.mbarrier_wait loops with `bra.uni`, which is undefined for a warp whose lanes see
 # different results of try_wait; this loop converges by itself.
-BARRIER_WAIT = r"""
+_BARRIER_WAIT = r"""
 __forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
   unsigned place = (unsigned)__cvta_generic_to_shared(barrier), done;
   do {
@@ -22,6 +22,11 @@ __forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
   } while (!done);
 }
 """
+
+
+def wait(barrier: Any, parity: Any) -> Any:
+    """Until the phase of this parity of an mbarrier is complete."""
+    return T.cuda.func_call("moec_barrier_wait", barrier, parity, source_code=_BARRIER_WAIT)
 
 
 # T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.

@@ -41,7 +41,7 @@ from .boxes import (
 )
 from .compact import HALF, STRIP, UNIT, headers_kept
 from .expand import RAW, SCRATCH, TABLE, Expansion, Rare
-from .intrinsics import BARRIER_WAIT, CLAIM, COPY16, fresh, opaque
+from .intrinsics import CLAIM, COPY16, fresh, opaque, wait
 from .shapes import Matmul
 from .sort import GROUP
 
@@ -176,8 +176,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     LOAD_HEADS = TMA.format(HEADERS.rank)
     HEADS = headers_kept(ST, KB) if COMPACT else 0  # tiles
     HBYTES = STRIPS * LAYOUT.header
-    # Registers of a thread that loads, and of one that multiplies: no more than the 168 in the
-    # middle that a block starts with. More would be waited for without end.
+    # Registers of a thread that loads, and of one that multiplies: in all what a block starts with,
+    # 384 times 168. For more its warps would wait without end.
     FEW, MANY = (56, 224) if COMPACT else (88, 208)
     MAPPED, WT = (PACKED, "int32") if COMPACT else (DT, DT)
     WEIGHT_TMA = TMA.format(BOXED.rank) + CACHE_HINT
@@ -280,10 +280,6 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
         n: T.int32
         policy: T.uint64
         hslot: T.int32 = 0
-
-        @T.inline
-        def wait(bar, parity):
-            T.cuda.func_call("moec_barrier_wait", bar, parity, source_code=BARRIER_WAIT)
 
         # What the thread that loads weights claimed: its tile, or no rows at the end. One lane
         # reads and says that it did, so that the place is not written before.
