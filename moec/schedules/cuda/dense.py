@@ -32,7 +32,7 @@ def dots(x, weight, acc, wv, xv, t0, n, tokens, outer, inner, halves, lane):
                 for s in T.unroll(STEPS):
                     c: T.int32 = ((block * STEPS + s) * 32 + lane) * 8
                     if c < inner:
-                        load8(xv.ptr_to([s * 8]), x.ptr_to([t0 + t, c]))
+                        load8(xv.ptr_to([s * 8]), x.ptr_to([T.Cast("int64", t0 + t), c]))
                 for s in T.unroll(STEPS):
                     c: T.int32 = ((block * STEPS + s) * 32 + lane) * 8
                     if c < inner:
@@ -102,9 +102,9 @@ def few(symbol: str, spec: Few) -> Kernel:
                             acc[t * HALVES + h] = acc[t * HALVES + h] + BIASV[n + h * N]
                     if lane == 0:
                         if ACTIVE:
-                            Y[t0 + t, n] = T.Cast(ODT, T.cuda.func_call(ACT, acc[t * HALVES], acc[t * HALVES + HALVES - 1], source_code=ACT_SRC, return_type="float32"))
+                            Y[T.Cast("int64", t0 + t), n] = T.Cast(ODT, T.cuda.func_call(ACT, acc[t * HALVES], acc[t * HALVES + HALVES - 1], source_code=ACT_SRC, return_type="float32"))
                         else:
-                            Y[t0 + t, n] = T.Cast(ODT, acc[t * HALVES])
+                            Y[T.Cast("int64", t0 + t), n] = T.Cast(ODT, acc[t * HALVES])
     # fmt: on
     args = (
         Buf("x", (PerToken(), K), XDT, True),
@@ -138,6 +138,7 @@ def rms_norm(
         Y = T.decl_buffer((NT, width), out, data=y_p)
         T.device_entry()
         bx = T.cta_id([NT])
+        row: T.int64 = T.Cast("int64", bx)
         tid = T.thread_id([THREADS])
         pool = T.SMEMPool()
         sums = pool.alloc((THREADS // 32,), "float32", align=16)
@@ -147,7 +148,7 @@ def rms_norm(
         acc: T.float32 = T.float32(0)
         for i in T.serial(TURNS):
             if i * THREADS + tid < width:
-                one: T.float32 = T.cuda.func_call("moec_load_one", X.ptr_to([bx, i * THREADS + tid]), source_code=LOAD_ONE, return_type="float32")
+                one: T.float32 = T.cuda.func_call("moec_load_one", X.ptr_to([row, i * THREADS + tid]), source_code=LOAD_ONE, return_type="float32")
                 if FIRST:
                     one = one * (fresh(WEIGHT, i * THREADS + tid, "float32") + T.float32(spec.offset))
                 acc = acc + one * one
@@ -163,7 +164,7 @@ def rms_norm(
         for i in T.serial(TURNS):
             c: T.int32 = i * THREADS + tid
             if c < width:
-                value: T.float32 = T.cuda.func_call("moec_load_one", X.ptr_to([bx, c]), source_code=LOAD_ONE, return_type="float32")
+                value: T.float32 = T.cuda.func_call("moec_load_one", X.ptr_to([row, c]), source_code=LOAD_ONE, return_type="float32")
                 if FIRST:
                     value = value * (fresh(WEIGHT, c, "float32") + T.float32(spec.offset))
                 value = value * factor
@@ -173,7 +174,7 @@ def rms_norm(
                     value = value * (fresh(WEIGHT, c, "float32") + T.float32(spec.offset))
                 if STEPS:
                     value = round_to(value, out) * T.float32(spec.scale)
-                Y[bx, c] = T.Cast(out, value)
+                Y[row, c] = T.Cast(out, value)
     # fmt: on
     args = (
         Buf("x", (PerToken(copies), width), dtype, True),
@@ -197,6 +198,7 @@ def weigh(symbol: str, width: int, dtype: str) -> Kernel:
         Y = T.decl_buffer((NT, width), dtype, data=y_p)
         T.device_entry()
         bx = T.cta_id([NT])
+        row: T.int64 = T.Cast("int64", bx)
         tid = T.thread_id([THREADS])
         T.ptx.griddepcontrol.wait()
         T.ptx.griddepcontrol.launch_dependents()
@@ -204,8 +206,8 @@ def weigh(symbol: str, width: int, dtype: str) -> Kernel:
         for i in T.serial(TURNS):
             c: T.int32 = i * THREADS + tid
             if c < width:
-                one: T.float32 = T.cuda.func_call("moec_load_one", X.ptr_to([bx, c]), source_code=LOAD_ONE, return_type="float32")
-                Y[bx, c] = T.Cast(dtype, one * w)
+                one: T.float32 = T.cuda.func_call("moec_load_one", X.ptr_to([row, c]), source_code=LOAD_ONE, return_type="float32")
+                Y[row, c] = T.Cast(dtype, one * w)
     # fmt: on
     args = (
         Buf("x", (PerToken(), width), dtype, True),

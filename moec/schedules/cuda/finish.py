@@ -82,6 +82,7 @@ def finish(symbol: str, spec: Finish) -> Kernel:
         at: T.int32 = bx * THREADS + tid
         t: T.int32 = at // COLS
         c: T.int32 = (at - t * COLS) * 8
+        row: T.int64 = T.Cast("int64", t)  # values of T * K rows are more than 32 bits count
         total = T.alloc_local((8,), "float32")
         value = T.alloc_local((8,), "float32")
         raw = T.alloc_local((K * WORDS,), "uint32")
@@ -104,7 +105,7 @@ def finish(symbol: str, spec: Finish) -> Kernel:
                 for k in T.unroll(K):
                     for j in T.unroll(WORDS // 4):
                         r = T.meta_var(k * WORDS + j * 4)
-                        T.ptx["ld.global.cg.v4.u32"](raw[r], raw[r + 1], raw[r + 2], raw[r + 3], ROWS.ptr_to([t * K + k, c + j * 4]))
+                        T.ptx["ld.global.cg.v4.u32"](raw[r], raw[r + 1], raw[r + 2], raw[r + 3], ROWS.ptr_to([row * K + k, c + j * 4]))
             for k in T.unroll(K):
                 e: T.int32 = 0
                 if E > 0:
@@ -115,13 +116,13 @@ def finish(symbol: str, spec: Finish) -> Kernel:
                 if EVEN:
                     unpack8(value.ptr_to([0]), raw.ptr_to([k * WORDS]), DT)
                 else:
-                    load(ROWS, t * K + k)
+                    load(ROWS, row * K + k)
                 # selected, not branched over: a branch would hold the loads back. Rows of
                 # absent experts were never written and may hold anything.
                 for i in T.unroll(8):
                     total[i] = total[i] + T.Select(e >= 0 and e < max(E, 1), w * value[i], T.float32(0))
             if PASSED:
-                load(PASS, t)
+                load(PASS, row)
                 p: T.float32 = fresh(PW, t, "float32")
                 for i in T.unroll(8):
                     total[i] = total[i] + p * value[i]
@@ -138,11 +139,11 @@ def finish(symbol: str, spec: Finish) -> Kernel:
                     s = T.float32(FACTOR) / (T.float32(1) + T.exp(-more))
                     for i in T.unroll(8):
                         total[i] = total[i] / (T.float32(1) + T.exp(more))
-                load(SH, t)
+                load(SH, row)
                 for i in T.unroll(8):
                     total[i] = total[i] + s * value[i]
             if RESIDUAL:
-                load(RES, t)
+                load(RES, row)
                 for i in T.unroll(8):
                     total[i] = total[i] + value[i]
             if BIAS:
@@ -150,11 +151,11 @@ def finish(symbol: str, spec: Finish) -> Kernel:
                     if EVEN or c + i < H:
                         total[i] = total[i] + fresh(BIASV, c + i, "float32")
             if EVEN:
-                store8(Y.ptr_to([t, c]), total.ptr_to([0]))
+                store8(Y.ptr_to([row, c]), total.ptr_to([0]))
             else:
                 for i in T.unroll(8):
                     if c + i < H:
-                        Y[t, c + i] = T.Cast(OUT_DT, total[i])
+                        Y[row, c + i] = T.Cast(OUT_DT, total[i])
     # fmt: on
     rows = PerToken(K)
     args = (

@@ -123,7 +123,7 @@ def route(symbol: str, spec: RouterSpec, dtype: str, linear: thin.Thin | None = 
                     if n0 >= CLUSTER * thin.ROWS or turn > 0:
                         thin.load(ROUTER, T.min(n0 + lane // 4, E - 1), rows, 0, 8, turn, H, wid, lane)
                         thin.load(ROUTER, T.min(n0 + lane // 4 + 8, E - 1), rows, 4, 8, turn, H, wid, lane)
-                    thin.load(X, token, cols, 0, 4, turn, H, wid, lane)
+                    thin.load(X, T.Cast("int64", token), cols, 0, 4, turn, H, wid, lane)
                     thin.multiply(sums, rows, cols, MMA)
                 thin.share(sums, parts, wid, lane)
                 if tid < 128:

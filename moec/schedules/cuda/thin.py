@@ -148,7 +148,7 @@ def few(symbol: str, spec: Thin) -> Kernel:
         T.ptx.griddepcontrol.wait()
         T.ptx.griddepcontrol.launch_dependents()
         for turn in T.serial(TURNS):
-            load(X, token, cols, 0, 4, turn, K, wid, lane)
+            load(X, T.Cast("int64", token), cols, 0, 4, turn, K, wid, lane)
             multiply(acc, rows, cols, MMA)
             if turn + 1 < TURNS:
                 load(WEIGHT, low, rows, 0, 8, turn + 1, K, wid, lane)
@@ -176,7 +176,7 @@ def few(symbol: str, spec: Thin) -> Kernel:
                         value = T.cuda.func_call(ACT, value, other, source_code=ACT_SRC, return_type="float32")
                     else:
                         value = T.cuda.func_call(ACT, value, value, source_code=ACT_SRC, return_type="float32")
-                Y[t, n] = T.Cast(ODT, value)
+                Y[T.Cast("int64", t), n] = T.Cast(ODT, value)
     # fmt: on
     args = (
         Buf("x", (PerToken(), K), DT, True),
