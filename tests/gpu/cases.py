@@ -150,6 +150,8 @@ CASES: dict[str, Row] = {
     "many experts": (
         block("bfloat16", 384, 8, 64, 64), ("gather", "stream16", "stream160")
     ),
+    # at 2^16 tokens its sorted rows have 2^31 values
+    "wide rows": (block("bfloat16", 8, 8, 4096, 64), ("stream16", "stream160", "mma64")),
     "no gate, clamped after": (
         block("float16", 7, 3, 128, 64, ActivationSpec(Nonlinearity.RELU, clamp=Clamp.AFTER,
               limit=0.5), gated=False, down_bias=True),
@@ -167,13 +169,16 @@ PORTABLE: dict[str, Row] = {
 # In an artifact with compact weights: the cases that have them, and one whose weights are not
 # all of a size, so that some are exceptions and a strip has more of them than it has room for.
 UNEVEN = "uneven weights"
+WIDE = "stream256"  # which plain weights have not
 COMPACT: dict[str, Row] = {
-    name: (spec, tuple(n for n in schedules if n in HOPPER))
+    name: (spec, tuple(
+        n for n in (*schedules, WIDE if "stream160" in schedules else "") if n in (*HOPPER, WIDE)
+    ))
     for name, (spec, schedules) in CASES.items()
     if spec.dtype == "bfloat16" and {*schedules} & {*HOPPER}
     and not (spec.experts.width % 64 or spec.experts.intermediate_size % 64)
 }  # fmt: skip
-COMPACT[UNEVEN] = (block("bfloat16", 16, 4, 256, 192), HOPPER)
+COMPACT[UNEVEN] = (block("bfloat16", 16, 4, 256, 192), (*HOPPER, WIDE))
 # What an artifact is compiled for, and its layers.
 ARTIFACTS = {
     "hopper": ("cuda:sm_90a", CASES),

@@ -207,6 +207,16 @@ def test_ranges_are_in_rows_an_expert(sizes: tuple[int, int, int, int], starts: 
     assert [spans[name] for name in names] == starts
 
 
+def test_compact_weights_have_wider_tiles_where_plain_ones_have_not() -> None:
+    spec = MoESpec("bfloat16", RouterSpec(8, 2, renorm=Renorm.SUM), ExpertsSpec(8, 2, 4096, 14336))
+    for form, low in (("", None), (target.COMPACT, 544)):
+        one = target.resolve(f"cuda:sm_90a{form}")
+        spans = {s.name: t.low for s, t in choose(backend("cuda"), (), spec, one) if t}
+        assert spans.get("stream256") == low
+    with pytest.raises(TargetError, match="for compact weights"):
+        choose(backend("cuda"), ("stream256",), spec, target.resolve("cuda:sm_90a"))
+
+
 def test_schedules_for_the_same_tokens_leave_no_empty_range() -> None:
     names = ("mma16", "gather", "stream16", "mma64", "simple")
     chosen = choose(backend("cuda"), names, block(), target.resolve("cuda:sm_90a"))

@@ -33,6 +33,7 @@ WARP = r"""
 struct uint2 { unsigned x, y; };
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static int max(int a, int b) { return a > b ? a : b; }
+static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 static pthread_barrier_t all;
 static unsigned lanes[32];
 static char* shared;
@@ -48,6 +49,7 @@ static unsigned exchanged(unsigned value, int from) {
   return result;
 }
 static unsigned __ballot_sync(unsigned, bool value) { return exchanged(value, -1); }
+static int __any_sync(unsigned, bool value) { return exchanged(value, -1) != 0; }
 static unsigned __shfl_sync(unsigned, unsigned value, int from) { return exchanged(value, from); }
 static int __ffs(unsigned value) { return __builtin_ffs(value); }
 template <typename T> static T __ldg(const T* place) { return *place; }

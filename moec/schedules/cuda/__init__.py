@@ -81,6 +81,12 @@ def _plain_form(spec: MoESpec, target: Target) -> str | None:
     return _any(spec, target)
 
 
+def _compact_form(spec: MoESpec, target: Target) -> str | None:
+    if target.form is not Form.COMPACT:
+        return "for compact weights: plain ones gain nothing from tiles of more tokens"
+    return _tensor_cores(spec, target)
+
+
 def _portable_form(spec: MoESpec, target: Target) -> str | None:
     return _plain_form(spec, target) or _any_tensor_cores(spec, target)
 
@@ -119,14 +125,18 @@ def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
 
 
 def _stream(
-    config: StreamConfig, compact: StreamConfig, rows: float, grid: Grid = Grid.BLOCK
+    config: StreamConfig,
+    compact: StreamConfig,
+    rows: float,
+    grid: Grid = Grid.BLOCK,
+    supports: Callable[[MoESpec, Target], str | None] = _tensor_cores,
 ) -> Schedule:
     grain = 8 if config.widths else 0
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
         _FOLDED, CudaConfig("stream", config, config.rows, grain, grid, compact=compact),
-        TokenRange(_DECODE), True, _tensor_cores, _from(rows),
+        TokenRange(_DECODE), True, supports, _from(rows),
     )  # fmt: skip
 
 
@@ -149,6 +159,8 @@ _DECODE = MAX_TOKENS + 1
 _UP_TO_64 = (16, 32, 48, 64)
 _UP_TO_144 = (48, 72, 96, 112, 120, 128, 136, 144)
 _UP_TO_160 = (48, 72, 96, 112, 128, 136, 152, 160)
+# Twice as many tokens for a weight that is expanded, of half as many weights.
+_WIDE = StreamConfig(256, (64, 96, 128, 160, 192, 208, 224, 256))
 _SIMPLE = CudaConfig("simple", sorted_by=Grid.COUNTED)
 SCHEDULES = {
     schedule.name: schedule
@@ -167,6 +179,7 @@ SCHEDULES = {
         ),
         _stream(StreamConfig(160, _UP_TO_160, 2), StreamConfig(144, _UP_TO_144, 2), 44.0,
                 Grid.CLUSTER),
+        _stream(_WIDE, _WIDE, 136.0, Grid.CLUSTER, _compact_form),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(

@@ -22,7 +22,7 @@ from .activation import device_function
 from .boxes import CACHE_HINT, EVICT_FIRST, NO_MAP, PACKED, TMA, header_box, row_box, unit_box
 from .compact import STRIP, UNIT, headers_kept
 from .decode_config import CHUNK, DecodeConfig
-from .expand import RAW, TABLE, Expansion, Rare
+from .expand import HELD, RAW, TABLE, Expansion, Rare
 from .intrinsics import fresh, wait
 from .shapes import Matmul
 
@@ -256,7 +256,7 @@ def gate_up(
                 wide = T.alloc_local((16,), "uint32")
                 raw = T.alloc_local((2 * RAW,), "uint32")
                 table = T.alloc_local((TABLE,), "uint32")
-                held = T.alloc_local((EXPANSION.held,), "uint32")
+                held = T.alloc_local((HELD,), "uint32")
             for i in T.unroll(NCH * 8):
                 xf[i] = T.uint32(0)
             if g < NT:
@@ -484,7 +484,7 @@ def down(
                 wide = T.alloc_local((16,), "uint32")
                 raw = T.alloc_local((2 * RAW,), "uint32")
                 table = T.alloc_local((TABLE,), "uint32")
-                held = T.alloc_local((NCT * EXPANSION.held,), "uint32")
+                held = T.alloc_local((NCT * HELD,), "uint32")
             acc = T.alloc_local((NCT * 4,), "float32")
             part = T.alloc_local((8,), "float32")
             weight = T.alloc_local((2,), "float32")
@@ -538,7 +538,7 @@ def down(
                     # a second strip that is not there is the first again
                     two: T.int32 = T.if_then_else(ct * 16 + STRIP < ncol, 1, 0)
                     headers = T.meta_var((heads.ptr_to([slot, ct, 0, 0]), heads.ptr_to([slot, ct, two, 0])))
-                    own = T.meta_var(held.ptr_to([ct * EXPANSION.held]))
+                    own = T.meta_var(held.ptr_to([ct * HELD]))
                     places = T.meta_var((expand.place(units.ptr_to([stage, 0, wid, 0]), 8), expand.place(units.ptr_to([stage, 0, wid, 0]), 4)))
                     EXPANSION.load(raw.ptr_to([0]), places, (0, two * (KO * UNIT)))
                     EXPANSION.table(table.ptr_to([0]), headers)

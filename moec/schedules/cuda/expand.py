@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from .compact import HALF, NONE
 
 TABLE, RAW = 4, 6  # words of two strips: their high bytes, a half of each
+HELD = 3  # words in which a warp keeps which exceptions are next
 SCRATCH = 64  # words of shared memory that a warp needs to find its first exceptions
 
 
@@ -28,11 +29,12 @@ class Rare(Enum):
 # Headers and units are in shared memory, `pool` has the expert's exceptions without room.
 #
 # OWN: a lane knows the next exception of its own in either strip, half << 16 | number, and compares
-# it with the half at hand. To find the first ones takes a while. ASK: lanes 0 to 13 hold exceptions
-# of the first strip, 16 to 29 of the second; all look whether one of them is in the half at hand,
-# and it is handed to the lane that needs it. A warp that meets an exception is late, and by wgmma
-# the other three of its group wait for it: handed out so, exceptions cost the streams 13 to 23 % of
-# the time where tokens are many. By OWN `gather` takes 1.05 to 1.25 times as long.
+# the sooner of the two with the half at hand. To find the first ones takes a while. ASK: lanes 0 to
+# 13 hold exceptions of the first strip, 16 to 29 of the second; all look whether one of them is in
+# the half at hand, and it is handed to the lane that needs it. A warp that meets an exception is
+# late, and by wgmma the other three of its group wait for it: handed out so, exceptions cost the
+# streams 13 to 23 % of the time where tokens are many. By OWN `gather` takes 1.05 to 1.25 times as
+# long.
 EXPAND = r"""
 #ifndef MOEC_EXPAND
 #define MOEC_EXPAND
@@ -116,13 +118,12 @@ __forceinline__ __device__ void moec_own_start(unsigned* held, const void* heade
     held[i] = 0xffffffffu;
     if (number >= 0) held[i] = moec_exception<INLINE>(header, pool, number).y << 16 | number;
   }
+  held[2] = min(held[0], held[1]);
   __syncwarp();
 }
 template <int HALVES>
 __forceinline__ __device__ unsigned moec_own_due(const unsigned* held, int half) {
-  unsigned due = half << 16;
-  return __ballot_sync(0xffffffffu,
-                       (held[0] - due < HALVES << 16) | (held[1] - due < HALVES << 16));
+  return __any_sync(0xffffffffu, held[2] < (half + HALVES) << 16);
 }
 template <int HALVES, int INLINE>
 __forceinline__ __device__ void moec_own_put(unsigned* out, unsigned* held, const void* header0,
@@ -139,6 +140,7 @@ __forceinline__ __device__ void moec_own_put(unsigned* out, unsigned* held, cons
       if (next != @NONE@) held[i] = moec_exception<INLINE>(header, pool, next).y << 16 | next;
     }
   }
+  held[2] = min(held[0], held[1]);
 }
 
 template <int INLINE>
@@ -207,11 +209,6 @@ class Expansion:
     halves: int
     rare: Rare
 
-    @property
-    def held(self) -> int:
-        """Words of registers that `start` fills."""
-        return 2 if self.rare is Rare.OWN else 3
-
     def start(self, held: Any, headers: Any, pool: Any, *scratch: Any) -> Any:
         """Before the first units of two strips; OWN needs the warp's SCRATCH in shared memory.
 
@@ -257,7 +254,9 @@ def multiply_picked(widths: tuple[int, ...], steps: int) -> tuple[str, str]:
 
     f(float* sums, const unsigned* a, unsigned low, unsigned high, int keep, int pick): `a` has four
     words a step, `low` and `high` are the descriptor, keep = 0 clears the sums, `pick` is the place
-    of the width.
+    of the width, the same in all lanes. In a register of each lane, which ptxas does not take for a
+    uniform one, a bit of it makes a predicate at once; from a uniform register a branch waits some
+    12 cycles for its predicate (5 % of the time with many tokens).
     """
     count = widths[-1] // 2
     name = f"moec_wgmma{steps}_picked_" + "_".join(map(str, widths))
@@ -273,20 +272,21 @@ def multiply_picked(widths: tuple[int, ...], steps: int) -> tuple[str, str]:
         # Here, and not where the branches meet: there it would be a group of its own.
         return [*lines, "wgmma.commit_group.sync.aligned;"]
 
-    def choose(low: int, high: int) -> list[str]:
-        if high - low == 1:
+    def choose(low: int, bit: int) -> list[str]:
+        if bit < 0:
             return [*group(widths[low]), "bra.uni END;"]
-        middle = (low + high) // 2
-        label = f"W{low}_{high}"
-        test = f"@q{middle} bra.uni {label};"
-        return [test, *choose(middle, high), f"{label}:", *choose(low, middle)]
+        high = low + (1 << bit)
+        if high >= len(widths):
+            return choose(low, bit - 1)
+        label, there = f"W{high}_{bit}", choose(high, bit - 1)
+        return [f"@q{bit} bra.uni {label};", *choose(low, bit - 1), f"{label}:", *there]
 
+    bits = (len(widths) - 1).bit_length()
     lines = [
         "{ .reg .pred p, t; .reg .b32 low;",
-        # all at once: in their branches each would be waited for
         *(
-            f".reg .pred q{middle}; setp.lt.u32 q{middle}, %{after + 3}, {middle};"
-            for middle in range(1, len(widths))
+            f".reg .pred q{bit}; and.b32 low, %{after + 3}, {1 << bit}; setp.ne.u32 q{bit}, low, 0;"
+            for bit in range(bits)
         ),
         f"setp.ne.b32 p, %{after + 2}, 0; setp.ne.b32 t, 1, 0;",
         *(
@@ -294,7 +294,7 @@ def multiply_picked(widths: tuple[int, ...], steps: int) -> tuple[str, str]:
             f" mov.b64 b{step}, {{low, %{after + 1}}};"
             for step in range(steps)
         ),
-        *choose(0, len(widths)),
+        *choose(0, bits - 1),
         "END: }",
     ]
     text = "\n".join(f'      "{line}\\n"' for line in lines)

@@ -10,23 +10,25 @@ from typing import Any
 from tvm.script import tirx as T
 
 # T.cuda.mbarrier_wait loops with `bra.uni`, which is undefined for a warp whose lanes see
-# different results of try_wait; this loop converges by itself.
+# different results of try_wait; this loop converges by itself. A predicate and no branch around
+# it: where the loop goes on behind a branch, its end costs two of them.
 _BARRIER_WAIT = r"""
-__forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
+__forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity, int skip) {
   unsigned place = (unsigned)__cvta_generic_to_shared(barrier), done;
   do {
     asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+        "{ .reg .pred p; setp.ne.s32 p, %3, 0;"
+        " @!p mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
         " selp.u32 %0, 1, 0, p; }"
-        : "=r"(done) : "r"(place), "r"(parity) : "memory");
+        : "=r"(done) : "r"(place), "r"(parity), "r"(skip) : "memory");
   } while (!done);
 }
 """
 
 
-def wait(barrier: Any, parity: Any) -> Any:
-    """Until the phase of this parity of an mbarrier is complete."""
-    return T.cuda.func_call("moec_barrier_wait", barrier, parity, source_code=_BARRIER_WAIT)
+def wait(barrier: Any, parity: Any, skip: Any = 0) -> Any:
+    """Until the phase of this parity of an mbarrier is complete; not at all if `skip` is not 0."""
+    return T.cuda.func_call("moec_barrier_wait", barrier, parity, skip, source_code=_BARRIER_WAIT)
 
 
 # T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.
@@ -38,22 +40,40 @@ __forceinline__ __device__ void moec_cluster_sync() {
 }
 """
 
-# 16 bytes from an address in global memory to shared memory; of the second, `bytes`, then zeros.
+# 16 bytes from global memory, the `index`-th behind `from`, to shared memory; of the second,
+# `bytes`, then zeros.
 COPY16 = r"""
 #ifndef MOEC_COPY16
 #define MOEC_COPY16
-__forceinline__ __device__ unsigned long long moec_address(const void* place) {
+__forceinline__ __device__ unsigned long long moec_global(const void* place) {
   return (unsigned long long)__cvta_generic_to_global(place);
 }
-__forceinline__ __device__ void moec_copy16(void* to, unsigned long long from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
-               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+__forceinline__ __device__ unsigned moec_shared(const void* place) {
+  return (unsigned)__cvta_generic_to_shared(place);
 }
-__forceinline__ __device__ void moec_copy_part(void* to, unsigned long long from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-               :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
+__forceinline__ __device__ void moec_copy16(unsigned to, unsigned long long from, unsigned index) {
+  asm volatile("{ .reg .b64 place; mad.wide.u32 place, %2, 16, %1;"
+               " cp.async.cg.shared.global.L2::128B [%0], [place], 16; }"
+               :: "r"(to), "l"(from), "r"(index) : "memory");
+}
+__forceinline__ __device__ void moec_copy_part(unsigned to, unsigned long long from,
+                                               unsigned index, int bytes) {
+  asm volatile("{ .reg .b64 place; mad.wide.u32 place, %2, 16, %1;"
+               " cp.async.cg.shared.global.L2::128B [%0], [place], 16, %3; }"
+               :: "r"(to), "l"(from), "r"(index), "r"(bytes) : "memory");
 }
 #endif
+"""
+
+# 16 bytes to row `row` of `bytes` each from `to` on, if `valid`.
+STORE16 = r"""
+__forceinline__ __device__ void moec_store16(unsigned long long to, int row, int bytes,
+                                             const unsigned* v, int valid) {
+  asm volatile("{ .reg .pred p; .reg .b64 place; setp.ne.s32 p, %7, 0;"
+               " mad.wide.s32 place, %1, %2, %0; @p st.global.v4.b32 [place], {%3, %4, %5, %6}; }"
+               :: "l"(to), "r"(row), "r"(bytes), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]),
+                  "r"(valid) : "memory");
+}
 """
 
 # The next number of a counter in global memory.

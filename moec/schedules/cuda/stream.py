@@ -1,7 +1,7 @@
 """Grouped matmuls on wgmma: every weight byte is read once where an expert has few rows.
 
 The sides are swapped: 128 or 256 weight rows are the M side of wgmma (64 or 128 a warpgroup) and
-the tokens of an expert its N side, 8 to 160 of them, so that padding costs no bandwidth. For a
+the tokens of an expert its N side, 8 to 256 of them, so that padding costs no bandwidth. For a
 gated first matmul the tile holds a few gate rows, their up rows, the next gate rows...: one TMA
 box of five dimensions lays the canonical weight out like that, and both values of a pair end up
 in one thread. Every warp transposes its own results through shared memory.
@@ -40,8 +40,8 @@ from .boxes import (
     unit_box,
 )
 from .compact import HALF, STRIP, UNIT, headers_kept
-from .expand import RAW, SCRATCH, TABLE, Expansion, Rare
-from .intrinsics import CLAIM, COPY16, fresh, opaque, wait
+from .expand import HELD, RAW, SCRATCH, TABLE, Expansion, Rare
+from .intrinsics import CLAIM, COPY16, STORE16, fresh, opaque, wait
 from .shapes import Matmul
 from .sort import GROUP
 
@@ -168,6 +168,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
     FRAGS = 1 if PAIR else 2  # 8x8 results of an M = 64 block and 8 tokens
     MATRICES = PART // 8 * PIECES  # 1, 2 or a multiple of 4
     LANES = 8 // PIECES  # rows of pieces in 128 bytes: the swizzle
+    STORES = -(-PART * PIECES // 32)  # of a lane, of a part
     mma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{SHORT}.{SHORT}"
     cvt = f"cvt.rn.{SHORT}x2.f32"
     st = "stmatrix.sync.aligned.m8n8.x{}.trans.shared.b16"
@@ -427,9 +428,11 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](FEW)
             if FIRST:
                 # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight.
-                # Addresses are kept, a K block behind: worked out for every copy, they keep
+                # The first of every token is kept; worked out for every copy, addresses keep
                 # these warps so busy that the tensor cores wait (a seventh of the time).
-                place = T.alloc_local((TURNS * 2,), "uint64")
+                place = T.alloc_local((TURNS * 2,), "uint32")
+                to = T.alloc_local((2,), "uint32")
+                along: T.uint64
                 first: T.int32 = (wid - WARPS) * 8
                 if COMPACT:
                     behind: T.int32 = -1
@@ -444,23 +447,25 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                     for p in T.unroll(TURNS):
                         for h in T.unroll(2):
                             r8: T.int32 = T.min(p * 24 + first + h * 4 + lane // 8, rows - 1)
-                            token: T.int64 = T.Cast("int64", fresh(ORDER, row0 + r8) // TOPK)
-                            place[p * 2 + h] = T.cuda.func_call("moec_address", X.ptr_to([token, lane % 8 * 8]), source_code=COPY16, return_type="uint64") - T.uint64(BK * 2)
+                            token: T.uint32 = T.Cast("uint32", fresh(ORDER, row0 + r8) // TOPK)
+                            place[p * 2 + h] = token * T.uint32(K // 8) + T.Cast("uint32", lane % 8)
+                    along = T.cuda.func_call("moec_global", X.data, source_code=COPY16, return_type="uint64")
                     for k in T.serial(KB):
                         wait(empty.ptr_to([stage]), phase ^ 1)
                         for d in T.unroll(D):
-                            for i in T.unroll(TURNS * 2):
-                                place[i] = place[i] + T.uint64(BK * 2)
+                            for h in T.unroll(2):
+                                swizzled = T.meta_var((lane % 8 ^ (h * 4 + lane // 8)) * 8)
+                                to[h] = T.cuda.func_call("moec_shared", Bs.ptr_to([stage, d, first + h * 4 + lane // 8, swizzled]), source_code=COPY16, return_type="uint32")
                             for p in T.unroll(TURNS):
                                 # tokens past the tile's are not loaded: what is there reaches no valid result
                                 if p * 24 + first < T.min(rows, N):
                                     for h in T.unroll(2):
-                                        row = T.meta_var(p * 24 + first + h * 4 + lane // 8)
-                                        swizzled = T.meta_var((lane % 8 ^ (h * 4 + lane // 8)) * 8)
+                                        there = T.meta_var(to[h] + T.uint32(p * 24 * BK * 2))
                                         if K % (BK * D) == 0:
-                                            T.cuda.func_call("moec_copy16", Bs.ptr_to([stage, d, row, swizzled]), place[p * 2 + h], source_code=COPY16)
+                                            T.cuda.func_call("moec_copy16", there, along, place[p * 2 + h], source_code=COPY16)
                                         else:
-                                            T.cuda.func_call("moec_copy_part", Bs.ptr_to([stage, d, row, swizzled]), place[p * 2 + h], T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0), source_code=COPY16)
+                                            T.cuda.func_call("moec_copy_part", there, along, place[p * 2 + h], T.if_then_else((k * D + d) * BK + lane % 8 * 8 < K, 16, 0), source_code=COPY16)
+                            along = along + T.uint64(BK * 2)
                         if COMPACT:
                             # What cp.async wrote is ordered before what wgmma reads here, a stage later, and
                             # not by those that multiply, who would wait for it in every stage.
@@ -483,7 +488,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             to_row = T.alloc_local((-(-N // 32),), "int32")
             acc = T.alloc_local((NACC,), "float32")
             hw = T.alloc_local((MATRICES,), "uint32")
-            v = T.alloc_local((4,), "uint32")
+            v = T.alloc_local((4 * STORES,), "uint32")
+            own_row = T.alloc_local((STORES,), "int32")
+            results: T.uint64 = T.cuda.func_call("moec_global", OUT.data, source_code=COPY16, return_type="uint64")
             vv = T.alloc_local((2,), "float32")
             bb = T.alloc_local((2 * MB,), "float32")
             dA: T.uint64
@@ -528,7 +535,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             def multiply_compact(pick):
                 wide = T.alloc_local((16 * HALVES,), "uint32")
                 raw = T.alloc_local((RAW * HALVES,), "uint32")
-                held = T.alloc_local((MB * EXPANSION.held,), "uint32")
+                held = T.alloc_local((MB * HELD,), "uint32")
                 table = T.alloc_local((MB * TABLE,), "uint32")
                 high: T.int32 = T.Cast("int32", T.shift_right(dB, T.uint64(32)))
                 first: T.int32 = T.Cast("int32", dB & T.uint64(0xFFFFFFFF))
@@ -540,7 +547,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 @T.inline
                 def load(g, k):
                     EXPANSION.load(raw.ptr_to([0]), (low_at, codes_at), (bytes_of(g, 0), bytes_of(g, 1)))
-                    some = EXPANSION.due(held.ptr_to([block_of(g) * EXPANSION.held]), (k * D + depth_of(g)) * 2 + half_of(g))
+                    some = EXPANSION.due(held.ptr_to([block_of(g) * HELD]), (k * D + depth_of(g)) * 2 + half_of(g))
 
                 @T.inline
                 def at_stage():
@@ -549,15 +556,15 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
 
                 low_at: T.uint32
                 codes_at: T.uint32
+                low: T.int32 = first + stage * (BBYTES // 16)
                 wait(full.ptr_to([stage]), phase)
                 for mb in T.unroll(MB):
                     headers = T.meta_var((heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 0), 0]), heads.ptr_to([hslot, wid * (2 * MB) + strip_of(mb, 1), 0])))
                     EXPANSION.table(table.ptr_to([mb * TABLE]), headers)
-                    EXPANSION.start(held.ptr_to([mb * EXPANSION.held]), headers, pool_of, scratch.ptr_to([wid, 0]))
+                    EXPANSION.start(held.ptr_to([mb * HELD]), headers, pool_of, scratch.ptr_to([wid, 0]))
                 at_stage()
                 load(0, 0)
                 for k in T.serial(steps):
-                    low: T.int32 = first + stage * (BBYTES // 16)
                     for g in T.unroll(GROUPS):
                         # the registers that the group before the last was multiplied from
                         own = T.meta_var(g % 2 * 8 * HALVES)
@@ -567,21 +574,26 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         if g == 1:
                             if k > 0:
                                 release(prev)
+                        if g == GROUPS - 1:
+                            # here already, as what is behind wgmma is waited for
+                            prev = stage
+                            advance()
+                            at_stage()
                         EXPANSION.expand(wide.ptr_to([own]), raw.ptr_to([0]), table.ptr_to([mb * TABLE]))
                         if some != T.uint32(0):
-                            EXPANSION.put(wide.ptr_to([own]), held.ptr_to([mb * EXPANSION.held]), headers, pool_of, (k * D + depth_of(g)) * 2 + half_of(g))
+                            EXPANSION.put(wide.ptr_to([own]), held.ptr_to([mb * HELD]), headers, pool_of, (k * D + depth_of(g)) * 2 + half_of(g))
+                        if g < GROUPS - 1:
+                            load(g + 1, k)
                         T.ptx.wgmma.fence.sync.aligned()
                         T.cuda.func_call(PICKED, acc.ptr_to([mb * (N // 2)]), wide.ptr_to([own]),
                             low + (depth_of(g) * (N * BK * 2 // 16) + half_of(g) * 4), high, T.Cast("int32", (k + depth_of(g) + half_of(g)) != 0), pick, source_code=PICKED_SRC)
-                        if g < GROUPS - 1:
-                            load(g + 1, k)
-                        else:
-                            prev = stage
-                            advance()
-                            if k + 1 < steps:
-                                wait(full.ptr_to([stage]), phase)
-                                at_stage()
-                                load(0, k + 1)
+                        if g == GROUPS - 1:
+                            low += BBYTES // 16
+                            if stage == 0:
+                                low = first
+                            # behind the last K block nothing uses what is loaded
+                            wait(full.ptr_to([stage]), phase, T.Cast("int32", k + 1 == steps))
+                            load(0, k + 1)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
 
@@ -600,6 +612,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 pick += T.Cast("int32", rows > WIDTHS[min(5, NV - 1)])
                 pick += T.Cast("int32", rows > WIDTHS[min(6, NV - 1)])
                 if COMPACT:
+                    pick = T.Cast("int32", T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), pick, lane, 32))
                     multiply_compact(pick)
                 else:
                     if pick == 0:
@@ -630,6 +643,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 apart = T.meta_var(8 if JOIN == MB else 32)  # columns from a piece to the next
                 if JOIN != MB:
                     first_col = n * NOUT + wgi * (32 * MB) + wid % 4 * 8
+                piece = T.meta_var(lane % PIECES)
+                inside: T.bool = first_col + piece * apart < COLS
+                column: T.uint64 = results + T.Cast("uint64", (first_col + piece * apart) * 2)
                 if BIAS:
                     for i in T.unroll(2 * MB):
                         bb[i] = T.float32(0)
@@ -671,15 +687,17 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                         if MATRICES == 1:
                             T.ptx[st.format(1)](Ds.ptr_to([wid, lane % 8, 0]), hw[0])
                         T.cuda.warp_sync()
-                        for p in T.unroll(-(-PART * PIECES // 32)):
+                        # All loads, then all stores, and no branches: one after the other they are waited for.
+                        for p in T.unroll(STORES):
                             token = T.meta_var((p * 32 + lane) // PIECES)
-                            piece = T.meta_var(lane % PIECES)
-                            to: T.int32 = row0 + t0 + token
+                            own_row[p] = row0 + t0 + token
                             if not FIRST:
-                                to = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), to_row[t0 // 32], t0 % 32 + token, 32)
-                            if token < PART and t0 + token < rows and first_col + piece * apart < COLS:
-                                T.ptx["ld.shared.v4.u32"](v[0], v[1], v[2], v[3], Ds.ptr_to([wid, token, (piece ^ token % 8 // LANES) * 8]))
-                                T.ptx["st.global.v4.u32"](OUT.ptr_to([to, first_col + piece * apart]), v[0], v[1], v[2], v[3])
+                                own_row[p] = T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), to_row[t0 // 32], t0 % 32 + token, 32)
+                            T.ptx["ld.shared.v4.u32"](v[p * 4], v[p * 4 + 1], v[p * 4 + 2], v[p * 4 + 3], Ds.ptr_to([wid, token % PART, (piece ^ token % 8 // LANES) * 8]))
+                        for p in T.unroll(STORES):
+                            token = T.meta_var((p * 32 + lane) // PIECES)
+                            valid = T.meta_var(inside and token < PART and t0 + token < rows)
+                            T.cuda.func_call("moec_store16", column, own_row[p], COLS * 2, v.ptr_to([p * 4]), valid, source_code=STORE16)
                 hear()
     # fmt: on
     return Kernel(symbol, shape.buffers("h" if FIRST else "rows", FIRST), kernel)
