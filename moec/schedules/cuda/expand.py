@@ -256,7 +256,7 @@ def multiply_picked(widths: tuple[int, ...], steps: int) -> tuple[str, str]:
     words a step, `low` and `high` are the descriptor, keep = 0 clears the sums, `pick` is the place
     of the width, the same in all lanes. In a register of each lane, which ptxas does not take for a
     uniform one, a bit of it makes a predicate at once; from a uniform register a branch waits some
-    12 cycles for its predicate (5 % of the time with many tokens).
+    12 cycles for its predicate (3 to 5 % of the time with many tokens).
     """
     count = widths[-1] // 2
     name = f"moec_wgmma{steps}_picked_" + "_".join(map(str, widths))

@@ -428,8 +428,9 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](FEW)
             if FIRST:
                 # 16-byte pieces: lane l has piece l % 8 of tokens l // 8 and l // 8 + 4 of the eight.
-                # The first of every token is kept; worked out for every copy, addresses keep
-                # these warps so busy that the tensor cores wait (a seventh of the time).
+                # The first of every token is kept, by its number (32 bits are enough for 64 GB), and
+                # `along` moves with K: with more work for a copy these warps are so busy that the
+                # tensor cores wait (a seventh of the time, where every address was worked out).
                 place = T.alloc_local((TURNS * 2,), "uint32")
                 to = T.alloc_local((2,), "uint32")
                 along: T.uint64
