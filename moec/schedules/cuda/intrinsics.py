@@ -10,10 +10,21 @@ from typing import Any
 from tvm.script import tirx as T
 
 # T.cuda.mbarrier_wait loops with `bra.uni`, which is undefined for a warp whose lanes see
-# different results of try_wait; this loop converges by itself. A predicate and no branch around
-# it: where the loop goes on behind a branch, its end costs two of them.
+# different results of try_wait; this loop converges by itself.
 _BARRIER_WAIT = r"""
-__forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity, int skip) {
+__forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity) {
+  unsigned place = (unsigned)__cvta_generic_to_shared(barrier), done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(done) : "r"(place), "r"(parity) : "memory");
+  } while (!done);
+}
+"""
+# By a predicate: with a branch around the loop, the loop that it is in ends with two of them.
+_BARRIER_WAIT_UNLESS = r"""
+__forceinline__ __device__ void moec_barrier_wait_unless(int skip, void* barrier, int parity) {
   unsigned place = (unsigned)__cvta_generic_to_shared(barrier), done;
   do {
     asm volatile(
@@ -26,9 +37,15 @@ __forceinline__ __device__ void moec_barrier_wait(void* barrier, int parity, int
 """
 
 
-def wait(barrier: Any, parity: Any, skip: Any = 0) -> Any:
-    """Until the phase of this parity of an mbarrier is complete; not at all if `skip` is not 0."""
-    return T.cuda.func_call("moec_barrier_wait", barrier, parity, skip, source_code=_BARRIER_WAIT)
+def wait(barrier: Any, parity: Any) -> Any:
+    """Until the phase of this parity of an mbarrier is complete."""
+    return T.cuda.func_call("moec_barrier_wait", barrier, parity, source_code=_BARRIER_WAIT)
+
+
+def wait_unless(skip: Any, barrier: Any, parity: Any) -> Any:
+    """The same, but not at all if `skip` (int32) is not 0."""
+    name = "moec_barrier_wait_unless"
+    return T.cuda.func_call(name, skip, barrier, parity, source_code=_BARRIER_WAIT_UNLESS)
 
 
 # T.cuda.cluster_sync says nothing to the compiler about memory: stores could move behind it.

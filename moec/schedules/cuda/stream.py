@@ -41,7 +41,7 @@ from .boxes import (
 )
 from .compact import HALF, STRIP, UNIT, headers_kept
 from .expand import HELD, RAW, SCRATCH, TABLE, Expansion, Rare
-from .intrinsics import CLAIM, COPY16, STORE16, fresh, opaque, wait
+from .intrinsics import CLAIM, COPY16, STORE16, fresh, opaque, wait, wait_unless
 from .shapes import Matmul
 from .sort import GROUP
 
@@ -593,7 +593,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                             if stage == 0:
                                 low = first
                             # behind the last K block nothing uses what is loaded
-                            wait(full.ptr_to([stage]), phase, T.Cast("int32", k + 1 == steps))
+                            wait_unless(T.Cast("int32", k + 1 == steps), full.ptr_to([stage]), phase)
                             load(0, k + 1)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 release(prev)
