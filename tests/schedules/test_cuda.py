@@ -213,7 +213,7 @@ def test_compact_weights_have_wider_tiles_where_plain_ones_have_not() -> None:
         one = target.resolve(f"cuda:sm_90a{form}")
         spans = {s.name: t.low for s, t in choose(backend("cuda"), (), spec, one) if t}
         assert spans.get("stream256") == low
-    with pytest.raises(TargetError, match="for compact weights"):
+    with pytest.raises(TargetError, match="reads compact weights"):
         choose(backend("cuda"), ("stream256",), spec, target.resolve("cuda:sm_90a"))
 
 

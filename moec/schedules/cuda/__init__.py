@@ -82,9 +82,12 @@ def _plain_form(spec: MoESpec, target: Target) -> str | None:
 
 
 def _compact_form(spec: MoESpec, target: Target) -> str | None:
+    """What the kernels do not compute whose tiles pay where weights are expanded."""
+    if reason := _tensor_cores(spec, target):
+        return reason
     if target.form is not Form.COMPACT:
-        return "for compact weights: plain ones gain nothing from tiles of more tokens"
-    return _tensor_cores(spec, target)
+        return "reads compact weights, and this target holds plain ones"
+    return None
 
 
 def _portable_form(spec: MoESpec, target: Target) -> str | None:

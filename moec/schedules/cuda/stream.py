@@ -576,7 +576,8 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                             if k > 0:
                                 release(prev)
                         if g == GROUPS - 1:
-                            # here already, as what is behind wgmma is waited for
+                            # Here, where the group before still runs: behind wgmma the warp would wait
+                            # for where the next stage is.
                             prev = stage
                             advance()
                             at_stage()
@@ -613,6 +614,7 @@ def _build(symbol: str, shape: Matmul, act, config: StreamConfig, sms: int) -> K
                 pick += T.Cast("int32", rows > WIDTHS[min(5, NV - 1)])
                 pick += T.Cast("int32", rows > WIDTHS[min(6, NV - 1)])
                 if COMPACT:
+                    # what it was, but in a register of each lane: multiply_picked says why
                     pick = T.Cast("int32", T.cuda.__shfl_sync(T.uint32(0xFFFFFFFF), pick, lane, 32))
                     multiply_compact(pick)
                 else:
