@@ -101,6 +101,22 @@ def test_sizes_that_fit_no_tile(data: st.DataObject) -> None:
             check(made.blocks[0], made.loaded[0], tokens, schedule[0], outside=False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_that_pass_a_panel_in_pieces(dtype: str, tmp_path: Path) -> None:
+    """All rows on one expert: one, two, three and four tiles of them, K in pieces and a rest."""
+    spec = block(dtype, 1, 1, 200, 328, gate_up_bias=True, down_bias=True)
+    made = built([Small(spec, FUSED)], tmp_path)
+    for tokens in (6, 7, 12, 13, 18, 19):
+        check(made.blocks[0], made.loaded[0], tokens, FUSED[0], outside=False)
+    x, ids, weights = inputs(spec, 19, 5)
+    whole = everything(made.loaded[0], x, ids, weights, FUSED[0])
+    for cuts in ((0, 6, 19), (0, 7, 14, 19), (0, 18, 19)):
+        for part in map(slice, cuts, cuts[1:]):
+            some = everything(made.loaded[0], x[part], ids[part], weights[part], FUSED[0])
+            for got, want in zip(some, whole, strict=True):
+                np.testing.assert_array_equal(got, want[part], f"tokens {part}")
+
+
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[tuple[str, str], int, int, list[int]]:
     """((case, schedule), T, seed, ids to choose from: some of -2 to E + 1)."""

@@ -307,7 +307,7 @@ def packing(spec: MoESpec, isa: Isa, prefix: str) -> tuple[dict[str, Packed], di
             packed[name] = Packed(name, own.shape, own.word, symbol, per_expert)
         elif name in BIASES:
             own = panels[BIASES[name]]
-            kernels[symbol] = pack.pack_bias(symbol, isa, own)
+            kernels[symbol] = pack.pack_bias(symbol, isa, own, len(parameter.shape) == 2)
             packed[name] = Packed(name, own.bias_shape, "float32", symbol, False)
         else:
             packed[name] = Packed(name, parameter.shape, parameter.dtype, None, False)

@@ -78,9 +78,9 @@ def _word(em: Emit, panels: Panels, value: Any, k: Any) -> Any:
     return tirx.Cast("int32", tirx.BitwiseOr(low, high))
 
 
-def pack_bias(symbol: str, isa: Isa, panels: Panels) -> Kernel:
-    """src [E, N] float32 (or [N] when E = 1) -> dst [E, P, panel] in panel order."""
-    flat = panels.groups == 1
+def pack_bias(symbol: str, isa: Isa, panels: Panels, per_expert: bool) -> Kernel:
+    """src [E, N] float32 (or [N], of a matrix that is not `per_expert`) -> dst [E, P, panel]."""
+    flat = not per_expert
     shape = (panels.rows,) if flat else (panels.groups, panels.rows)
     args = (Buf("src", shape, "float32", True), Buf("dst", panels.bias_shape, "float32"))
 

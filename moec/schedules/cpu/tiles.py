@@ -23,7 +23,7 @@ from . import compact
 from .compact import AHEAD, Words
 from .emit import Emit, i64, round_up
 from .isa import Isa
-from .kernel import loop
+from .kernel import loop, when
 
 _LINE = 16  # words of a cache line
 _LINES = 2  # that a step of a later pass asks for: with one or with four it is slower than without
@@ -159,6 +159,15 @@ class Matrix:
     end: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The words [begin, end) of a matrix; sums are those behind `row` in the tile's `out`."""
+
+    begin: Any
+    end: Any
+    row: Any
+
+
 def tile(
     em: Emit,
     matrix: Matrix,
@@ -168,16 +177,19 @@ def tile(
     panels: Sequence[Any],
     out: Any,
     ahead: Ahead | None = None,
+    piece: Piece | None = None,
 ) -> None:
     """out[w * len(rows) + i] = source[rows[i]] x panel w, [.., panel] float32.
 
     Sums run over the words [begin, end) of the matrix in ascending order, whatever the number
     of rows and panels: a result never depends on the tile that computed it. They start at the
     bias when there is one, and rare weights of a compact panel come last. `ahead` goes with one
-    panel.
+    panel, and so does `piece`, where a tile goes on from the sums that are there.
     """
     em.release_registers()
-    acc = _start(em, matrix, rows, panels)
+    whole = Piece(i64(matrix.begin), i64(matrix.end), i64(0))
+    span = piece or whole
+    acc = _start(em, matrix, rows, panels) if piece is None else _resume(em, rows, out, piece.row)
     halves = matrix.panels.dtype == "bfloat16" and not operand.pairs
 
     def step(k: Any, words: Words) -> None:
@@ -187,19 +199,22 @@ def tile(
             _step(em, matrix, operand, source, rows, acc, k, words)
 
     if matrix.panels.compact:
-        ask = partial(_ask, em, matrix, panels[0], ahead)
-        compact.walk(_slot(em, matrix, panels[0]), matrix.begin, matrix.end, step, ask)
+        ask = partial(_ask, em, matrix, panels[0], ahead, span.begin)
+        compact.walk(_slot(em, matrix, panels[0]), span.begin, span.end, step, ask)
     else:
-        with loop(i64(matrix.end), i64(matrix.begin)) as k:
+        with loop(span.end, span.begin) as k:
             step(k, _plain(em, matrix, panels, k))
-            _ask(em, matrix, panels[0], ahead, k)
+            _ask(em, matrix, panels[0], ahead, span.begin, k)
     for at, one in enumerate(one for sums in acc for one in sums):
         for j in range(em.isa.vectors):
             columns = em.ramp(i64(j * em.lanes))
-            T.buffer_store(out, tirx.BufferLoad(one, [j]), [i64(at), columns])
+            T.buffer_store(out, tirx.BufferLoad(one, [j]), [span.row + i64(at), columns])
     em.release_registers()
-    if matrix.panels.compact:
-        _add_rare(em, matrix, operand, source, rows, panels[0], out)
+    if matrix.panels.compact and piece is None:
+        _add_rare(em, matrix, operand, source, rows, panels[0], out, span.row)
+    elif matrix.panels.compact:
+        with when(tirx.EQ(span.end, whole.end)):
+            _add_rare(em, matrix, operand, source, rows, panels[0], out, span.row)
 
 
 def _start(em: Emit, matrix: Matrix, rows: Sequence[Any], panels: Sequence[Any]) -> list[list[Any]]:
@@ -217,6 +232,27 @@ def _start(em: Emit, matrix: Matrix, rows: Sequence[Any], panels: Sequence[Any])
     return acc
 
 
+def start(em: Emit, matrix: Matrix, panel: Any, out: Any, count: Any) -> None:
+    """out[:count] as the pieces of a panel find it: the bias, or zero."""
+    for j in range(em.isa.vectors):
+        columns = em.ramp(i64(j * em.lanes))
+        value = em.splat(0.0)
+        if matrix.bias is not None:
+            value = em.bind(tirx.BufferLoad(matrix.bias, [matrix.group, panel, columns]))
+        with loop(count) as i:
+            T.buffer_store(out, value, [i, columns])
+
+
+def _resume(em: Emit, rows: Sequence[Any], out: Any, first: Any) -> list[list[Any]]:
+    """The sums of one panel that a piece before this one left."""
+    acc = [T.alloc_buffer((em.isa.vectors,), em.f32v) for _ in rows]
+    for i, one in enumerate(acc):
+        for j in range(em.isa.vectors):
+            at = [first + i64(i), em.ramp(i64(j * em.lanes))]
+            T.buffer_store(one, tirx.BufferLoad(out, at), [j])
+    return [acc]
+
+
 def _slot(em: Emit, matrix: Matrix, panel: Any) -> compact.Slot:
     return compact.Slot(em, matrix.weights, matrix.group, panel, matrix.panels.depth)
 
@@ -229,8 +265,9 @@ def _add_rare(
     rows: Sequence[Any],
     panel: Any,
     out: Any,
+    first: Any,
 ) -> None:
-    """out[i] += source[rows[i]] times what the steps of a compact panel leave out."""
+    """out[first + i] += source[rows[i]] times what the steps of a compact panel leave out."""
 
     def add(k: Any, column: Any, value: Any) -> None:
         for i, row in enumerate(rows):
@@ -242,21 +279,20 @@ def _add_rare(
                 a = T.reinterpret("float32", tirx.Select(odd, high, low))
             else:
                 a = tirx.BufferLoad(source, [row, k])
-            at = [i64(i), column]
+            at = [first + i64(i), column]
             new = em.intrinsic("llvm.fma", "float32", a, value, tirx.BufferLoad(out, at))
             T.buffer_store(out, new, at)
 
     compact.leftover(_slot(em, matrix, panel), matrix.begin, matrix.end, add)
 
 
-def _ask(em: Emit, matrix: Matrix, panel: Any, ahead: Ahead | None, k: Any) -> None:
-    """The step's share of what a tile asks for."""
-    begin, panels = matrix.begin, matrix.panels
-    for words in ahead.words(k - i64(begin)) if ahead else ():
-        if panels.compact:
-            _slot(em, matrix, panel).ask(i64(begin * panels.stride) + words)
+def _ask(em: Emit, matrix: Matrix, panel: Any, ahead: Ahead | None, begin: Any, k: Any) -> None:
+    """The step's share of what a tile asks for that begins at the word `begin`."""
+    for words in ahead.words(k - begin) if ahead else ():
+        if matrix.panels.compact:
+            _slot(em, matrix, panel).ask(begin * i64(matrix.panels.stride) + words)
         else:
-            em.prefetch(matrix.weights, [matrix.group, panel, i64(begin), words])
+            em.prefetch(matrix.weights, [matrix.group, panel, begin, words])
 
 
 def steady(matrix: Matrix) -> Ahead:
@@ -264,16 +300,14 @@ def steady(matrix: Matrix) -> Ahead:
     return Ahead(i64(AHEAD), 1, matrix.panels.stride)
 
 
-def following(em: Emit, matrix: Matrix, block: Any) -> Ahead:
-    """Half a panel ahead, and where the block of rows with the number before left off.
+def following(em: Emit, panels: Panels, lead: int, size: Any, block: Any, more: Any) -> Ahead:
+    """`lead` words of K ahead of a piece of `size`, and where the block of rows before left off.
 
-    A whole one where panels are compact, which is 1 to 3 % faster with one thread and level with
-    two. Two blocks ask for all of the next panel then.
+    Two blocks ask for as much as the piece has. Unless there is `more`, nothing new.
     """
-    depth, stride = matrix.end - matrix.begin, matrix.panels.stride
-    apart = _LINES * _LINE * stride // matrix.panels.panel
-    lead = depth * stride if matrix.panels.compact else depth * stride // 2
-    return Ahead(em.bind(i64(lead) + block * (depth * apart)), _LINES, apart)
+    apart = _LINES * _LINE * panels.stride // panels.panel
+    there = i64(lead * panels.stride) + block * size * i64(apart)
+    return Ahead(em.bind(tirx.Select(more, there, i64(0))), _LINES, apart)
 
 
 def _plain(em: Emit, matrix: Matrix, panels: Sequence[Any], k: Any) -> Words:
