@@ -105,14 +105,14 @@ class Slot:
         self.em.prefetch(self.weights, [self.group, self.panel, i64(0), word])
 
 
-def walk(slot: Slot, begin: Any, end: Any, step: Step, ask: Callable[[Any], None]) -> None:
+def walk(slot: Slot, begin: int, end: int, step: Step, ask: Callable[[Any], None]) -> None:
     """step(k, words) for the words [begin, end) of K, ascending, whatever the panel's form.
 
     `ask(k)` goes with every compact step. What rare weights add comes with `leftover`.
     """
     em = slot.em
     plain = em.bind(slot.word(i64(COUNT)) < i64(0))
-    with when(plain), loop(end, begin) as k:
+    with when(plain), loop(i64(end), i64(begin)) as k:
         row = em.bind(i64(PANEL) + k * i64(PANEL))
         step(k, _stored(slot, row))
         slot.prefetch(row + i64(AHEAD))
@@ -120,7 +120,7 @@ def walk(slot: Slot, begin: Any, end: Any, step: Step, ask: Callable[[Any], None
         table = em.bind(slot.load(i64(0)))
         for line in range(2):  # what `leftover` reads when the steps are done
             slot.prefetch(i64(rare(slot.depth) + line * LINE))
-        with loop(end, begin) as k:
+        with loop(i64(end), i64(begin)) as k:
             step(k, _expanded(slot, table, k))
             ask(k)
 

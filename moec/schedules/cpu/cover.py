@@ -29,7 +29,7 @@ from tvm.tirx.script import builder as T
 
 from .emit import Emit, i64
 from .kernel import loop, scalar, when
-from .tiles import Matrix, Operand, Piece, following, start, steady, tile
+from .tiles import Ahead, Matrix, Operand, Piece, following, start, steady, tile
 
 # Weights that a step of K should take from all panels of a tile: with less, the additions to the
 # same few sums, one after the other, take longer than memory.
@@ -125,8 +125,12 @@ def cover(
             if not few:
                 tiles.whole(matrix, panel, width, shapes, finish)
                 continue
+            more = panel + i64(1) < end
             with when(passes):
-                tiles.pieces(matrix, panel, panel + i64(1) < end, finish)
+                if matrix.panels.compact:
+                    tiles.whole(matrix, panel, i64(1), [(r, 1) for r in tiles.tall], finish, more)
+                else:
+                    tiles.pieces(matrix, panel, more, finish)
             with when(tirx.Not(passes)):
                 tiles.whole(matrix, panel, width, shapes, finish)
 
@@ -144,6 +148,11 @@ class _Tiles:
     larger: Any
     sums: Any
 
+    @property
+    def tall(self) -> range:
+        """Rows that a tile of a few passes may have."""
+        return range(self.em.isa.rows // 2, self.em.isa.rows + 1)
+
     def whole(
         self,
         matrix: Matrix,
@@ -151,28 +160,32 @@ class _Tiles:
         width: Any,
         shapes: Sequence[tuple[int, int]],
         finish: Finish,
+        more: Any | None = None,
     ) -> None:
-        """Block by block all of K, of `width` panels."""
-        em = self.em
+        """Block by block all of K, of `width` panels.
+
+        `more`, with one panel that a few blocks pass: they ask for the next one, if there is one.
+        """
+        em, depth = self.em, matrix.end - matrix.begin
         with loop(self.count) as block:
             first, number = self._block(block)
+            ahead = None
+            if more is not None:
+                ahead = self._asking(matrix, depth, i64(depth), block, more)
             for r, w in shapes:
                 with when(tirx.And(tirx.EQ(number, i64(r)), tirx.EQ(width, i64(w)))):
                     lone = em.isa.panel >= _WIDE and w == 1 and r <= _STEADY_ROWS
                     tile(em, matrix, self.operand, self.source, self._sources(first, r),
                          [panel + i for i in range(w)], self.sums,
-                         steady(matrix) if lone else None)  # fmt: skip
+                         steady(matrix) if lone else ahead)  # fmt: skip
             with loop(width) as w, loop(number) as i:
                 self._finish(finish, first + i, panel + w, w * number + i)
 
     def pieces(self, matrix: Matrix, panel: Any, more: Any, finish: Finish) -> None:
-        """Piece by piece of K all blocks, of one panel; `more`: another one follows."""
+        """Piece by piece of K all blocks, of one plain panel; `more`: another one follows."""
         em, depth = self.em, matrix.end - matrix.begin
         two = tirx.EQ(self.count, i64(2))
-        lead, size = _LEAD, tirx.Select(two, i64(_PIECE), i64(2 * _PIECE))
-        if matrix.panels.compact:
-            lead, size = depth, i64(depth)
-        size = _opaque(em, size)
+        size = _opaque(em, tirx.Select(two, i64(_PIECE), i64(2 * _PIECE)))
         parts = _opaque(em, tirx.floordiv(i64(depth - 1) + size, size))
         total = em.bind(self.rows.last - self.rows.first)
         start(em, matrix, panel, self.sums, total)
@@ -182,16 +195,19 @@ class _Tiles:
             goes_on = tirx.Or(more, part + i64(1) < parts)
             with loop(self.count) as block:
                 first, number = self._block(block)
-                # A third block would ask for what lies behind all that the first two asked for.
-                new = tirx.And(goes_on, block < i64(2))
                 piece = Piece(begin, end, em.bind(first - self.rows.first))
-                ahead = following(em, matrix.panels, lead, size, block, new)
-                for r in range(em.isa.rows // 2, em.isa.rows + 1):
+                ahead = self._asking(matrix, _LEAD, size, block, goes_on)
+                for r in self.tall:
                     with when(tirx.EQ(number, i64(r))):
                         tile(em, matrix, self.operand, self.source, self._sources(first, r),
                              [panel], self.sums, ahead, piece)  # fmt: skip
         with loop(total) as i:
             self._finish(finish, self.rows.first + i, panel, i)
+
+    def _asking(self, matrix: Matrix, lead: int, size: Any, block: Any, more: Any) -> Ahead:
+        # A third block would ask for what lies behind all that the first two asked for.
+        new = tirx.And(more, block < i64(2))
+        return following(self.em, matrix.panels, lead, size, block, new)
 
     def _block(self, block: Any) -> tuple[Any, Any]:
         """The first row of a block, and how many it has."""

@@ -23,7 +23,7 @@ from . import compact
 from .compact import AHEAD, Words
 from .emit import Emit, i64, round_up
 from .isa import Isa
-from .kernel import loop, when
+from .kernel import loop
 
 _LINE = 16  # words of a cache line
 _LINES = 2  # that a step of a later pass asks for: with one or with four it is slower than without
@@ -184,11 +184,10 @@ def tile(
     Sums run over the words [begin, end) of the matrix in ascending order, whatever the number
     of rows and panels: a result never depends on the tile that computed it. They start at the
     bias when there is one, and rare weights of a compact panel come last. `ahead` goes with one
-    panel, and so does `piece`, where a tile goes on from the sums that are there.
+    panel, and `piece` with one plain one, where a tile goes on from the sums that are there.
     """
     em.release_registers()
-    whole = Piece(i64(matrix.begin), i64(matrix.end), i64(0))
-    span = piece or whole
+    span = piece or Piece(i64(matrix.begin), i64(matrix.end), i64(0))
     acc = _start(em, matrix, rows, panels) if piece is None else _resume(em, rows, out, piece.row)
     halves = matrix.panels.dtype == "bfloat16" and not operand.pairs
 
@@ -200,7 +199,7 @@ def tile(
 
     if matrix.panels.compact:
         ask = partial(_ask, em, matrix, panels[0], ahead, span.begin)
-        compact.walk(_slot(em, matrix, panels[0]), span.begin, span.end, step, ask)
+        compact.walk(_slot(em, matrix, panels[0]), matrix.begin, matrix.end, step, ask)
     else:
         with loop(span.end, span.begin) as k:
             step(k, _plain(em, matrix, panels, k))
@@ -210,11 +209,8 @@ def tile(
             columns = em.ramp(i64(j * em.lanes))
             T.buffer_store(out, tirx.BufferLoad(one, [j]), [span.row + i64(at), columns])
     em.release_registers()
-    if matrix.panels.compact and piece is None:
-        _add_rare(em, matrix, operand, source, rows, panels[0], out, span.row)
-    elif matrix.panels.compact:
-        with when(tirx.EQ(span.end, whole.end)):
-            _add_rare(em, matrix, operand, source, rows, panels[0], out, span.row)
+    if matrix.panels.compact:
+        _add_rare(em, matrix, operand, source, rows, panels[0], out)
 
 
 def _start(em: Emit, matrix: Matrix, rows: Sequence[Any], panels: Sequence[Any]) -> list[list[Any]]:
@@ -265,9 +261,8 @@ def _add_rare(
     rows: Sequence[Any],
     panel: Any,
     out: Any,
-    first: Any,
 ) -> None:
-    """out[first + i] += source[rows[i]] times what the steps of a compact panel leave out."""
+    """out[i] += source[rows[i]] times what the steps of a compact panel leave out."""
 
     def add(k: Any, column: Any, value: Any) -> None:
         for i, row in enumerate(rows):
@@ -279,7 +274,7 @@ def _add_rare(
                 a = T.reinterpret("float32", tirx.Select(odd, high, low))
             else:
                 a = tirx.BufferLoad(source, [row, k])
-            at = [first + i64(i), column]
+            at = [i64(i), column]
             new = em.intrinsic("llvm.fma", "float32", a, value, tirx.BufferLoad(out, at))
             T.buffer_store(out, new, at)
 
