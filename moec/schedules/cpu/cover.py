@@ -14,7 +14,7 @@ In between, rows pass a panel two or three times: the first time they wait for m
 waits for them. So each step of the first two passes asks for two cache lines of what comes later.
 They take a compact panel as a whole, and ask for the next one. Of a plain one they take 64 words
 of K at a time (three passes 128), and ask 128 words ahead: at 8 rows an expert float32 takes 4 to
-7 % less time than by panels, with 512 words 2 % less, with 32 as with 64; asking for nothing but
+6 % less time than by panels, with 512 words 2 % less, with 32 as with 64; asking for nothing but
 half of it, a fifth more. Pieces of compact panels lose 6 to 17 %.
 """
 

@@ -219,24 +219,26 @@ def _start(em: Emit, matrix: Matrix, rows: Sequence[Any], panels: Sequence[Any])
     acc = [[T.alloc_buffer((em.isa.vectors,), em.f32v) for _ in rows] for _ in panels]
     for panel, sums in zip(panels, acc, strict=True):
         for j in range(em.isa.vectors):
-            start = em.splat(0.0)
-            if matrix.bias is not None:
-                at = em.ramp(i64(j * em.lanes))
-                start = em.bind(tirx.BufferLoad(matrix.bias, [matrix.group, panel, at]))
+            value = _first(em, matrix, panel, j)
             for one in sums:
-                T.buffer_store(one, start, [j])
+                T.buffer_store(one, value, [j])
     return acc
+
+
+def _first(em: Emit, matrix: Matrix, panel: Any, j: int) -> Any:
+    """What the sums of vector j of a panel start at: the bias, or zero."""
+    if matrix.bias is None:
+        return em.splat(0.0)
+    at = em.ramp(i64(j * em.lanes))
+    return em.bind(tirx.BufferLoad(matrix.bias, [matrix.group, panel, at]))
 
 
 def start(em: Emit, matrix: Matrix, panel: Any, out: Any, count: Any) -> None:
     """out[:count] as the pieces of a panel find it: the bias, or zero."""
     for j in range(em.isa.vectors):
-        columns = em.ramp(i64(j * em.lanes))
-        value = em.splat(0.0)
-        if matrix.bias is not None:
-            value = em.bind(tirx.BufferLoad(matrix.bias, [matrix.group, panel, columns]))
+        value = _first(em, matrix, panel, j)
         with loop(count) as i:
-            T.buffer_store(out, value, [i, columns])
+            T.buffer_store(out, value, [i, em.ramp(i64(j * em.lanes))])
 
 
 def _resume(em: Emit, rows: Sequence[Any], out: Any, first: Any) -> list[list[Any]]:
