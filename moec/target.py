@@ -43,9 +43,9 @@ _HOST_X86 = (
 )
 # GPU architectures that there are kernels for. sm_XY is machine code; compute_80 is PTX, which
 # the driver of every later GPU translates when an artifact is loaded. With COMPACT, the weights
-# of experts take 12 bits.
-COMPACT = "-compact"
-GPUS = ("sm_90a", f"sm_90a{COMPACT}", "sm_89", "sm_80", "compute_80")
+# of experts take 12 bits, with BOTH they are there in 12 and in 16 bits.
+COMPACT, BOTH = "-compact", "-both"
+GPUS = ("sm_90a", f"sm_90a{COMPACT}", f"sm_90a{BOTH}", "sm_89", "sm_80", "compute_80")
 KINDS = ("cpu", "cuda", "metal")
 
 
@@ -54,6 +54,7 @@ class Form(str, enum.Enum):
 
     PLAIN = "plain"  # as the checkpoint has them
     COMPACT = "compact"  # bfloat16 in 12 bits, nothing lost
+    BOTH = "both"  # twice, and every schedule reads the form that it is faster with
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ def _gpu(name: str, text: str) -> Target:
             need="one of " + ", ".join(GPUS),
             hint="sm_90a is the H100, the H200 and the GH200, sm_89 the L4, the L40 and the RTX "
             "40, sm_80 the A100 and all of its generation; compute_80 is PTX for these and newer; "
-            "sm_90a-compact holds bfloat16 weights in 12 bits",
+            "sm_90a-compact holds bfloat16 weights in 12 bits, sm_90a-both in 12 and in 16",
         )
     # Host code of a GPU library is for the machines that such GPUs are mostly found in.
-    form = Form.COMPACT if name.endswith(COMPACT) else Form.PLAIN
-    return Target(f"cuda-{name}", "cuda", "linux", _X86, name.removesuffix(COMPACT), form)
+    isa, _, form = name.partition("-")
+    return Target(f"cuda-{name}", "cuda", "linux", _X86, isa, Form(form or Form.PLAIN))
 
 
 def _cpu(name: str, text: str) -> Target:

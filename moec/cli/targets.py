@@ -72,10 +72,17 @@ def targets() -> dict[str, dict[str, Any]]:
     return table
 
 
+# of a weight, where it does not have those of the checkpoint alone
+_BITS = {
+    target.Form.PLAIN: "",
+    target.Form.COMPACT: ", 12 bits",
+    target.Form.BOTH: ", 12 and 16 bits",
+}
+
+
 def _code(resolved: target.Target) -> str:
     kind = "PTX" if resolved.isa.startswith("compute") else "cubins"
-    form = ", 12 bits" if resolved.form is target.Form.COMPACT else ""
-    return f"{kind} of {resolved.isa}{form}"
+    return f"{kind} of {resolved.isa}{_BITS[resolved.form]}"
 
 
 def schedules() -> dict[str, dict[str, dict[str, Any]]]:

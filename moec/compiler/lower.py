@@ -65,6 +65,7 @@ def lower(
     lowering = backend.open(spec, target, f"{shape}_op")  # entries are {shape}_{function}
     lowered.packed, packers = backend.packing(spec, target, shape)
     entries: dict[Any, Entry] = {}
+    names = {schedule.name: lowering.names(schedule.config) for schedule, _ in schedules}
     for schedule, tokens in schedules:
         with observer.passes(f"{shape}-{schedule.name}"):
             module = graph
@@ -79,16 +80,32 @@ def lower(
         if stop_after == "legalized":
             observer.shown.append(f"# {shape} for {schedule.name}\n{module.script()}")
         for signature in signatures(spec):
-            lines = wiring(module[signature.name], lowering.kernels)
+            lines = wiring(module[signature.name], lowering.kernels, names[schedule.name])
             # Equal lines of calls are one entry: routing is the same in every schedule.
             key = (signature.name, lines)
             if key not in entries:
                 symbol = _symbol(shape, signature.name, entries)
-                entries[key] = _entry(backend, symbol, signature, lines, lowered)
+                taken = _taken(signature, names.values())
+                entries[key] = _entry(backend, symbol, signature, lines, lowered, taken)
             variant = Variant(schedule, tokens, entries[key])
             lowered.variants.setdefault(signature.name, []).append(variant)
+    lowered.packed = _read(lowered.packed, entries.values())
+    needed = {one.symbol for one in lowered.packed.values()}
+    packers = {symbol: kernel for symbol, kernel in packers.items() if symbol in needed}
     lowered.kernels = {**_used(lowering.kernels, entries.values()), **packers}
     return lowered
+
+
+def _taken(signature: Signature, names: Iterable[Mapping[str, str]]) -> list[str]:
+    """The parameters of a function as they are packed: in all forms that its schedules read."""
+    forms = (own.get(name, name) for own in names for name in signature.parameters)
+    return list(dict.fromkeys(forms))
+
+
+def _read(packed: Mapping[str, Packed], entries: Iterable[Entry]) -> dict[str, Packed]:
+    """Those that a function takes: of a parameter in several forms there may be more."""
+    named = {name for entry in entries for name in entry.parameters}
+    return {name: one for name, one in packed.items() if name in named}
 
 
 def _used(kernels: Mapping[str, Kernel], entries: Iterable[Entry]) -> dict[str, Kernel]:
@@ -104,10 +121,15 @@ def _symbol(shape: str, function: str, entries: dict[Any, Entry]) -> str:
 
 
 def _entry(
-    backend: Backend, symbol: str, signature: Signature, lines: Wiring, lowered: Lowered
+    backend: Backend,
+    symbol: str,
+    signature: Signature,
+    lines: Wiring,
+    lowered: Lowered,
+    taken: Iterable[str],
 ) -> Entry:
     arguments, packed = ports(lowered.spec), lowered.packed
-    parameters = {n: Buf(n, packed[n].shape, packed[n].dtype) for n in signature.parameters}
+    parameters = {n: Buf(n, packed[n].shape, packed[n].dtype) for n in taken}
     return backend.entry(
         symbol,
         lines,

@@ -116,9 +116,12 @@ def build_entry(
     )
 
 
-def wiring(function: relax.Function, kernels: Mapping[str, Kernel]) -> Wiring:
+def wiring(
+    function: relax.Function, kernels: Mapping[str, Kernel], names: Mapping[str, str]
+) -> Wiring:
     """The kernel calls of a legalized function in order, and which results are its results.
 
+    `names` has what parameters are packed as, where that is not their own name.
     A call whose results nobody reads is left out: legalization may fold it into a later one.
     """
     bindings = [b for block in function.body.blocks for b in block.bindings]
@@ -131,7 +134,7 @@ def wiring(function: relax.Function, kernels: Mapping[str, Kernel]) -> Wiring:
     def key(value: Any) -> Any:
         found = origin(lookup, value)
         if found is None:
-            return str(value.name)
+            return names.get(value.name, str(value.name))
         call, index = found
         return numbers[call], index
 

@@ -32,6 +32,10 @@ class Lowering:
         """The legalize map of one schedule, by full op name; `config` is the schedule's."""
         raise NotImplementedError
 
+    def names(self, config: Any) -> Mapping[str, str]:
+        """What a schedule's parameters are packed as, where that is not their own name."""
+        return {}
+
     def kernel(self, role: str, key: tuple[Any, ...], make: Callable[[str], Kernel]) -> Kernel:
         """The kernel of a role and its static parameters, built once and shared."""
         full = (role, *key)

@@ -179,9 +179,12 @@ COMPACT: dict[str, Row] = {
     and not (spec.experts.width % 64 or spec.experts.intermediate_size % 64)
 }  # fmt: skip
 COMPACT[UNEVEN] = (block("bfloat16", 16, 4, 256, 192), (*HOPPER, WIDE))
+# In an artifact with both forms, of which every schedule reads one.
+BOTH = {name: CASES[name] for name in ("swiglu", "groups, shared expert")}
 # What an artifact is compiled for, and its layers.
 ARTIFACTS = {
     "hopper": ("cuda:sm_90a", CASES),
     "compact": ("cuda:sm_90a-compact", COMPACT),
+    "both": ("cuda:sm_90a-both", BOTH),
     "portable": ("cuda:compute_80", PORTABLE),
 }

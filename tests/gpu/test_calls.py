@@ -14,7 +14,7 @@ import torch
 import moec
 from moec.errors import InputError, TargetError
 
-from .cases import CASES, COMPACT, WIDE
+from .cases import BOTH, CASES, COMPACT, WIDE
 from .run import Case, limit_tokens, load, poisoned
 
 GRAPHED = ("gather", "stream16", "stream64", "stream160", "mma16", "simple", "loop")
@@ -122,6 +122,19 @@ def test_compact_weights_give_the_same_bits(folder: Path, tokens: int) -> None:
                 expected = plain[name].block(x, schedule=same, **extra)
                 result = compact[name].block(x, schedule=schedule, **extra)
                 assert torch.equal(result, expected), (name, schedule)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 150, 700])
+def test_both_forms_give_the_bits_of_each(folder: Path, tokens: int) -> None:
+    both, alone = load(folder, "both"), {n: load(folder, n) for n in ("hopper", "compact")}
+    for name, case in both.items():
+        x = case.inputs(2048)["x"][:tokens].contiguous()
+        for schedule in BOTH[name][1]:
+            if limit_tokens(schedule, tokens):
+                faster = schedule in ("gather", "stream16", "stream32", "stream64")
+                other = alone["compact" if faster else "hopper"][name].block
+                result = case.block(x, schedule=schedule)
+                assert torch.equal(result, other(x, schedule=schedule)), (name, schedule)
 
 
 def launches(call: Any) -> int:

@@ -109,6 +109,7 @@ TABLE = MoESpec(
 BUILDS = {
     "all of Hopper": (block(), (), "sm_90a"),
     "compact": (block(hidden=256), (), "sm_90a-compact"),
+    "both forms": (block(hidden=512), ("gather", "stream160", "mma16"), "sm_90a-both"),
     "float16, biases": (BIASED, ("gather", "stream160"), "sm_90a"),
     "odd, no gate": (MIXER, ("stream16",), "sm_90a"),
     "shared expert": (GROUPED, ("mma64",), "sm_90a"),
@@ -159,7 +160,7 @@ def test_decode_takes_two_launches_and_the_others_four() -> None:
 @pytest.mark.parametrize("arch", target.GPUS)
 @pytest.mark.parametrize("names", [(), ("fused",)])
 def test_every_token_count_has_one_variant(arch: str, names: tuple[str, ...]) -> None:
-    compact = arch.endswith(target.COMPACT)
+    compact = arch.endswith((target.COMPACT, target.BOTH))
     for spec in (block(), *(() if compact else (BIASED, RARE, TABLE, block(hidden=40, inner=24)))):
         chosen = choose(backend("cuda"), names, spec, target.resolve(f"cuda:{arch}"))
         spans = sorted((tokens.low, tokens.high) for _, tokens in chosen if tokens)

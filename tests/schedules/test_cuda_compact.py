@@ -35,7 +35,7 @@ from tests.schedules.test_cuda import RARE, block, needs_nvrtc
 from tests.schedules.test_cuda_boxes import copied
 
 Array = np.ndarray[Any, Any]
-HOPPER = "cuda:sm_90a-compact"
+HOPPER, BOTH = "cuda:sm_90a-compact", "cuda:sm_90a-both"
 
 
 def packed(bits: Array, gated: bool) -> Array:
@@ -198,8 +198,8 @@ def test_boxes(strips: int, units: int) -> None:
     assert layout.expert_bytes % 128 == layout.strip_bytes % 128 == 0
 
 
-def lowered(spec: MoESpec, *names: str) -> Lowered:
-    one, own = target.resolve(HOPPER), backend("cuda")
+def lowered(spec: MoESpec, *names: str, arch: str = HOPPER) -> Lowered:
+    one, own = target.resolve(arch), backend("cuda")
     return lower(
         "b0", spec, one, own, choose(own, names, spec, one), Observer(CompileOptions()), None
     )
@@ -214,9 +214,10 @@ def lowered(spec: MoESpec, *names: str) -> Lowered:
         (RARE, "multiple of 64"),
     ],
 )
-def test_blocks_without_a_compact_form_are_refused(spec: MoESpec, reason: str) -> None:
+@pytest.mark.parametrize("arch", [HOPPER, BOTH])
+def test_blocks_without_a_compact_form_are_refused(spec: MoESpec, reason: str, arch: str) -> None:
     with pytest.raises(TargetError) as caught:
-        lowered(spec)
+        lowered(spec, arch=arch)
     assert reason in str(caught.value)
 
 
@@ -236,6 +237,45 @@ def test_only_the_weights_of_experts_are_packed() -> None:
             assert layout.expert_bytes < 1.5 * 2 * layout.rows * layout.inner
         else:
             assert (own.shape, own.dtype, own.symbol) == (parameter.shape, parameter.dtype, None)
+
+
+def read_by(made: Lowered) -> dict[str, set[str]]:
+    """The dtypes of the weights that the schedules of a block read."""
+    return {
+        v.schedule.name: {
+            arg.dtype
+            for symbol in v.entry.kernels
+            for arg in made.kernels[symbol].args
+            if arg.name == "weight"
+        }
+        for v in made.variants["experts"]
+    }
+
+
+def test_with_both_forms_every_schedule_reads_the_faster_one() -> None:
+    plain, units = {"bfloat16"}, {"int32"}
+    read = dict.fromkeys(("gather", "stream16", "stream32", "stream64"), units)
+    made = lowered(block(), arch=BOTH)
+    assert read_by(made) == {**read, "stream160": plain}
+    forms = {f"{name}{tail}" for name in ("gate_up", "down") for tail in ("", "_compact")}
+    assert all(forms <= {*v.entry.parameters} for v in made.variants["experts"])
+    alone = lowered(block()), lowered(block(), arch="cuda:sm_90a")
+    for name in ("gate_up", "down"):
+        own = made.packed[f"{name}_compact"]
+        assert own.source == name and own.shape == alone[0].packed[name].shape and own.symbol
+        assert made.packed[name] == alone[1].packed[name]
+    assert read_by(lowered(block(), "mma64", arch=BOTH)) == {"mma64": plain}
+    assert {*lowered(block(), "mma64", "loop", arch=BOTH).packed} == {*alone[1].packed}
+    with pytest.raises(TargetError, match="reads compact weights"):
+        lowered(block(), "stream256", arch=BOTH)
+
+
+@pytest.mark.parametrize(("name", "tail"), [("stream16", "_compact"), ("stream160", "")])
+def test_a_form_that_no_schedule_reads_is_not_packed(name: str, tail: str) -> None:
+    made = lowered(block(), name, arch=BOTH)
+    assert {n for n in made.packed if n[0] in "gd"} == {f"gate_up{tail}", f"down{tail}"}
+    packers = [k for k in made.kernels.values() if shrink.PACKS in k.func.attrs]
+    assert len(packers) == (2 if tail else 0)
 
 
 SIZES = {
@@ -265,7 +305,7 @@ def test_kernels_fit_the_shared_memory(name: str) -> None:
     assert seen > 40
 
 
-@pytest.mark.parametrize("form", target.Form)
+@pytest.mark.parametrize("form", [target.Form.PLAIN, target.Form.COMPACT])
 def test_tiles_of_the_sort_are_those_of_the_matmuls(form: target.Form) -> None:
     one = target.resolve("cuda:sm_90a" + (target.COMPACT if form is target.Form.COMPACT else ""))
     streams = [s for name, s in SCHEDULES.items() if name.startswith("stream")]
@@ -315,11 +355,12 @@ def test_weights_without_a_compact_form_are_an_error_that_says_which() -> None:
 
 
 @needs_nvrtc
-def test_an_artifact_is_smaller(tmp_path: Path) -> None:
+def test_an_artifact_is_smaller_and_one_of_both_forms_larger(tmp_path: Path) -> None:
     spec = block(hidden=512, inner=256)
     sizes = []
-    for name in ("cuda:sm_90a", HOPPER):
+    for name in ("cuda:sm_90a", HOPPER, BOTH):
         path = tmp_path / f"{name.replace(':', '-')}.moec"
-        build([Small(spec, ("stream16",), parameters=random_parameters(spec))], path, name)
+        names = ("stream16", "stream160")
+        build([Small(spec, names, parameters=random_parameters(spec))], path, name)
         sizes.append(sum(f.stat().st_size for f in (path / "weights").iterdir()))
-    assert 0.74 < sizes[1] / sizes[0] < 0.80
+    assert 0.74 < sizes[1] / sizes[0] < 0.80 and 0.99 < sizes[2] / (sizes[0] + sizes[1]) < 1

@@ -27,7 +27,7 @@ from .compact import COLUMNS, Layout
 from .config import CudaConfig
 from .decode import MAX_TOKENS
 from .host import entry
-from .lower import TENSOR_DTYPES, CudaLowering
+from .lower import COMPACT_WEIGHTS, TENSOR_DTYPES, CudaLowering, compact_names
 from .sort import Grid
 from .stream import StreamConfig
 
@@ -43,6 +43,17 @@ def _any(spec: MoESpec, target: Target) -> str | None:
         return f"{r.num_experts} experts are more than the sort of one block holds"
     if r.top_k > route.MAX_TOP_K:
         return f"{r.top_k} experts a token are more than the lanes of a warp"
+    return None if target.form is Form.PLAIN else _no_compact_form(spec)
+
+
+def _no_compact_form(spec: MoESpec) -> str | None:
+    e, dtypes = spec.experts, {n: p.dtype for n, p in spec.parameters().items()}
+    for dtype in (dtypes[name] for name in COMPACT_WEIGHTS):
+        if dtype != "bfloat16":
+            return f"weights of {dtype} have no compact form, those of bfloat16 do"
+    if e.width % COLUMNS or e.intermediate_size % COLUMNS:
+        sizes = f"width = {e.width} or I = {e.intermediate_size}"
+        return f"{sizes} is no multiple of {COLUMNS}, the columns of a compact unit"
     return None
 
 
@@ -62,15 +73,8 @@ def _any_tensor_cores(spec: MoESpec, target: Target) -> str | None:
 
 
 def _tensor_cores(spec: MoESpec, target: Target) -> str | None:
-    e = spec.experts
     if target.isa != _HOPPER:
         return f"{target.isa} has no wgmma or no TMA, {_HOPPER} has"
-    if target.form is Form.COMPACT:
-        if spec.dtype != "bfloat16":
-            return f"weights of {spec.dtype} have no compact form, those of bfloat16 do"
-        if e.width % COLUMNS or e.intermediate_size % COLUMNS:
-            sizes = f"width = {e.width} or I = {e.intermediate_size}"
-            return f"{sizes} is no multiple of {COLUMNS}, the columns of a compact unit"
     return _any_tensor_cores(spec, target)
 
 
@@ -86,7 +90,7 @@ def _compact_form(spec: MoESpec, target: Target) -> str | None:
     if reason := _tensor_cores(spec, target):
         return reason
     if target.form is not Form.COMPACT:
-        return "reads compact weights, and this target holds plain ones"
+        return "reads compact weights where there are no plain ones, which are faster"
     return None
 
 
@@ -132,13 +136,14 @@ def _stream(
     compact: StreamConfig,
     rows: float,
     grid: Grid = Grid.BLOCK,
+    faster: Form = Form.COMPACT,
     supports: Callable[[MoESpec, Target], str | None] = _tensor_cores,
 ) -> Schedule:
     grain = 8 if config.widths else 0
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
-        _FOLDED, CudaConfig("stream", config, config.rows, grain, grid, compact=compact),
+        _FOLDED, CudaConfig("stream", config, config.rows, grain, grid, False, compact, faster),
         TokenRange(_DECODE), True, supports, _from(rows),
     )  # fmt: skip
 
@@ -171,8 +176,8 @@ SCHEDULES = {
         Schedule(
             "gather", "cuda",
             "two launches, no sort: active experts found in the kernels, up to 8 tokens",
-            (*_FOLDED, IndexExperts), CudaConfig("decode", few=True), TokenRange(0, _DECODE), True,
-            _decode,
+            (*_FOLDED, IndexExperts), CudaConfig("decode", few=True, faster=Form.COMPACT),
+            TokenRange(0, _DECODE), True, _decode,
         ),
         _stream(StreamConfig(16, depth=2, stages=5), StreamConfig(16, depth=2), 0.0),
         _stream(StreamConfig(32, depth=2), StreamConfig(32, (16, 24, 32), depth=2), 6.25),
@@ -181,8 +186,8 @@ SCHEDULES = {
             Grid.CLUSTER,
         ),
         _stream(StreamConfig(160, _UP_TO_160, 2), StreamConfig(144, _UP_TO_144, 2), 44.0,
-                Grid.CLUSTER),
-        _stream(_WIDE, _WIDE, 136.0, Grid.CLUSTER, _compact_form),
+                Grid.CLUSTER, Form.PLAIN),
+        _stream(_WIDE, _WIDE, 136.0, Grid.CLUSTER, supports=_compact_form),
         _portable("mma16", mma.SMALL, TokenRange(0)),
         _portable("mma64", mma.LARGE, TokenRange(_DECODE), _from(16.0)),
         Schedule(
@@ -210,15 +215,16 @@ def _packing(
     spec: MoESpec, target: Target, prefix: str
 ) -> tuple[dict[str, Packed], dict[str, Kernel]]:
     """Parameters are bound as they are, but for the weights of experts in their compact form."""
-    packed, kernels = {}, {}
-    for name, p in spec.parameters().items():
-        per_expert = len(p.shape) == 3
-        packed[name] = Packed(name, p.shape, p.dtype, None, per_expert)
-        if target.form is Form.COMPACT and name in ("gate_up", "down"):
-            symbol, layout = f"{prefix}_pack_{name}", Layout(*p.shape)
+    parameters, kernels = spec.parameters(), {}
+    packed = {
+        n: Packed(n, p.shape, p.dtype, None, len(p.shape) == 3) for n, p in parameters.items()
+    }
+    if target.form is not Form.PLAIN:
+        for name, own in compact_names(target.form).items():
+            symbol, layout = f"{prefix}_pack_{name}", Layout(*parameters[name].shape)
             gated = name == "gate_up" and spec.experts.gated
             kernels[symbol] = shrink.pack(symbol, layout, gated)
-            packed[name] = Packed(name, layout.shape, "int32", symbol, per_expert)
+            packed[own] = Packed(name, layout.shape, "int32", symbol, True)
     return packed, kernels
 
 

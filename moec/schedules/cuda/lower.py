@@ -33,6 +33,7 @@ from .decode_config import first_config, second_config
 from .script import quick_macros
 from .shapes import Matmul
 
+COMPACT_WEIGHTS = ("gate_up", "down")  # the parameters that have a compact form
 SMS = 132  # multiprocessors of an H100 SXM and an H200; fewer run the same grid in more waves
 
 # What tensor cores multiply; float32 weights are multiplied by float32 FMA, not rounded to TF32.
@@ -53,6 +54,12 @@ class _Made:
     each: dict[Any, Any] = field(default_factory=dict)  # rows that sum_rows will sum -> ids
 
 
+def compact_names(held: Form) -> dict[str, str]:
+    """What the compact weights are packed as: by their own names where there are no others."""
+    tail = "_compact" if held is Form.BOTH else ""
+    return {name: name + tail for name in COMPACT_WEIGHTS}
+
+
 class CudaLowering(Lowering):
     """Legalization of one block; `clusters`: the GPU has clusters of blocks (Hopper)."""
 
@@ -67,14 +74,19 @@ class CudaLowering(Lowering):
 
     def table(self, config: Any) -> Mapping[str, Legalize]:
         """The legalize map of one schedule."""
-        return _Table(self, config.of(self.form)).table()
+        return _Table(self, config, config.reads(self.form)).table()
+
+    def names(self, config: Any) -> Mapping[str, str]:
+        """As every lowering has it."""
+        return compact_names(self.form) if config.reads(self.form) is Form.COMPACT else {}
 
 
 class _Table:
     """The legalization functions of one schedule of one block."""
 
-    def __init__(self, lowering: CudaLowering, config: CudaConfig) -> None:
-        self.own, self.config, self.spec = lowering, config, lowering.spec
+    def __init__(self, lowering: CudaLowering, config: CudaConfig, form: Form) -> None:
+        self.own, self.config, self.spec = lowering, config.of(form), lowering.spec
+        self.form = form
         self.made = _Made()
 
     def table(self) -> Mapping[str, Legalize]:
@@ -283,7 +295,7 @@ class _Table:
                 role, (tensor, config.tiles),
                 lambda s: mma.matmul(s, tensor, config.tiles, 2 * SMS),
             )  # fmt: skip
-        shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype, self.own.form)
+        shape = Matmul(e.num_experts, e.top_k, *widths, gated, biased, dtype, self.form)
         if reduce:
             return self.own.kernel(
                 role, (shape, config.tiles), lambda s: stream.down(s, shape, config.tiles, SMS)
@@ -294,7 +306,7 @@ class _Table:
     def _indexed(self, bb: relax.BlockBuilder, call: relax.Call) -> Any:
         args, attrs = indexed_matmul.OP.bind(call), attributes(call)
         e, dtype, ids = self.spec.experts, self.spec.dtype, args["topk_ids"]
-        biased, bias, form = "bias" in args, args.get("bias", args["weight"]), self.own.form
+        biased, bias, form = "bias" in args, args.get("bias", args["weight"]), self.form
         if attrs.get("reduce"):
             out, scale = dtype_of(call.ty), float(attrs.get("out_scale", 1.0))
             shape = Matmul(e.num_experts, e.top_k, e.intermediate_size, e.width, False,
