@@ -1,6 +1,6 @@
 """Compile the expert kernels of the benchmark shapes for sm_90a; needs no GPU.
 
-    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--forms plain,compact]
+    python bench/build_experts.py OUT [--shapes qwen3,mixtral] [--forms plain,compact,both]
                                       [--variants REGEX] [--wide]
 
 The variants are the schedules that the compiler chooses from. OUT receives one library a shape
@@ -30,7 +30,7 @@ from moec.schedules.cuda.host import Launch, build_host
 from moec.schedules.cuda.shapes import Matmul
 from moec.schedules.linking import link
 from moec.spec import ActivationSpec, ExpertsSpec, MoESpec, Renorm, RouterSpec
-from moec.target import COMPACT, Form
+from moec.target import BOTH, COMPACT, Form
 
 SMS = 132
 
@@ -57,7 +57,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute the experts: kernels and launches, best in [low, high) tokens."""
+    """A way to compute the experts: kernels and launches, best in [low, high) tokens.
+
+    `form` is that of the weights that it reads, `held` that of the target.
+    """
 
     name: str
     low: int
@@ -65,6 +68,7 @@ class Variant:
     launches: tuple[Launch, ...]
     kernels: tuple[Kernel, ...]
     form: Form = Form.PLAIN
+    held: Form = Form.PLAIN
 
 
 def _matmuls(s: Shape, form: Form) -> tuple[Matmul, Matmul]:
@@ -115,9 +119,12 @@ def grouped_variant(
     return Variant(tag, low, high, launches, (z, a, b, f), form)
 
 
-def shipped(s: Shape, form: Form) -> list[Variant]:
+_TAILS = {Form.PLAIN: "", Form.COMPACT: COMPACT, Form.BOTH: BOTH}
+
+
+def shipped(s: Shape, held: Form) -> list[Variant]:
     """What the compiler chooses for such a layer, each with its token range."""
-    one = target.resolve("cuda:sm_90a" + (COMPACT if form is Form.COMPACT else ""))
+    one = target.resolve("cuda:sm_90a" + _TAILS[held])
     experts = ExpertsSpec(s.E, s.K, s.H, s.I)
     spec = MoESpec("bfloat16", RouterSpec(s.E, s.K, renorm=Renorm.SUM), experts)
     out = []
@@ -125,15 +132,16 @@ def shipped(s: Shape, form: Form) -> list[Variant]:
         if tokens is None or schedule.config.family not in ("decode", "stream"):
             continue
         c, low, high = schedule.config, max(1, tokens.low), tokens.high or 1 << 30
-        name = schedule.name + ("" if form is Form.PLAIN else f"_{form.value}")
+        form, name = c.reads(held), schedule.name
+        if held is not Form.PLAIN:
+            name += f"_{held.value}"
         if c.family == "decode":
             first, second = first_config(s.H, form), second_config(s.I, s.H, SMS, form)
             variant = decode_variant(s, name, first, second, form)
-            out.append(replace(variant, low=low, high=high))
         else:
             tiles = c.of(form).tiles
             variant = grouped_variant(s, name, low, high, tiles, c.sorted_by, c.grain, form)
-            out.append(variant)
+        out.append(replace(variant, low=low, high=high, held=held))
     return out
 
 
@@ -148,7 +156,7 @@ def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str
     functions: dict[str, Any] = {}
     dependent: list[str] = []
     parts = [
-        Variant(f"{v.name}_upto{i}", v.low, v.high, v.launches[:i], v.kernels, v.form)
+        Variant(f"{v.name}_upto{i}", v.low, v.high, v.launches[:i], v.kernels, v.form, v.held)
         for v in chosen if re.search(prefixes, v.name) for i in range(1, len(v.launches))
     ]  # fmt: skip
     for v in (*chosen, *parts):
@@ -166,6 +174,7 @@ def build(s: Shape, chosen: list[Variant], out: Path, prefixes: str) -> dict[str
             "workspace": list(entry.workspace),
             "launches": len(v.launches),
             "form": v.form.value,
+            "held": v.held.value,
         }
     with toolchain.compiling("sm_90a") as report:
         library = pipeline.build(tvm.IRModule(functions), "sm_90a", dependent)

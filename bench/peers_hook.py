@@ -1,8 +1,8 @@
 """moec as a contender of a side-by-side harness: build(ctx) -> f(r), see bench/gpu_experts.py.
 
 MOEC_LIBS names the folder that build_experts.py filled: the variant in whose range T is answers,
-as in a compiled artifact; MOEC_FORM is that of the weights (plain). MOEC_SITE: folders with the
-pinned tvm and tvm_ffi, if apart.
+as in a compiled artifact; MOEC_FORM is that of the weights that a target holds (plain). MOEC_SITE:
+folders with the pinned tvm and tvm_ffi, if apart.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def build(ctx: Any) -> Any:
     index = json.loads((libs / "index.json").read_text())
     name = next(n for n, i in index.items() if i["shape"] == [ctx.E, ctx.k, ctx.h, ctx.i])
     form = os.environ.get("MOEC_FORM", "plain")
-    variants = [v for v in index[name]["variants"].values() if v["form"] == form]
+    variants = [v for v in index[name]["variants"].values() if v["held"] == form]
     info = next(v for v in variants if v["tokens"][0] <= ctx.T < v["tokens"][1])
     weights = [ctx.w13, ctx.w2]
-    if form == "compact":
+    if info["form"] == "compact":
         if not hasattr(ctx, "compact"):
             ctx.compact = [pack(torch, ctx.w13, True), pack(torch, ctx.w2, False)]
         weights = ctx.compact
