@@ -30,7 +30,7 @@ from moec.schedules.cuda.host import Launch, build_host
 from moec.schedules.cuda.shapes import Matmul
 from moec.schedules.linking import link
 from moec.spec import ActivationSpec, ExpertsSpec, MoESpec, Renorm, RouterSpec
-from moec.target import BOTH, COMPACT, Form
+from moec.target import Form
 
 SMS = 132
 
@@ -119,12 +119,9 @@ def grouped_variant(
     return Variant(tag, low, high, launches, (z, a, b, f), form)
 
 
-_TAILS = {Form.PLAIN: "", Form.COMPACT: COMPACT, Form.BOTH: BOTH}
-
-
 def shipped(s: Shape, held: Form) -> list[Variant]:
     """What the compiler chooses for such a layer, each with its token range."""
-    one = target.resolve("cuda:sm_90a" + _TAILS[held])
+    one = target.resolve(f"cuda:sm_90a{held.suffix}")
     experts = ExpertsSpec(s.E, s.K, s.H, s.I)
     spec = MoESpec("bfloat16", RouterSpec(s.E, s.K, renorm=Renorm.SUM), experts)
     out = []

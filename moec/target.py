@@ -41,11 +41,6 @@ _HOST_X86 = (
     (_V3, "x86-64-v3"),
     ((), "x86-64"),
 )
-# GPU architectures that there are kernels for. sm_XY is machine code; compute_80 is PTX, which
-# the driver of every later GPU translates when an artifact is loaded. With COMPACT, the weights
-# of experts take 12 bits, with BOTH they are there in 12 and in 16 bits.
-COMPACT, BOTH = "-compact", "-both"
-GPUS = ("sm_90a", f"sm_90a{COMPACT}", f"sm_90a{BOTH}", "sm_89", "sm_80", "compute_80")
 KINDS = ("cpu", "cuda", "metal")
 
 
@@ -55,6 +50,16 @@ class Form(str, enum.Enum):
     PLAIN = "plain"  # as the checkpoint has them
     COMPACT = "compact"  # bfloat16 in 12 bits, nothing lost
     BOTH = "both"  # twice, and every schedule reads the form that it is faster with
+
+    @property
+    def suffix(self) -> str:
+        """What the name of a GPU architecture ends in."""
+        return "" if self is Form.PLAIN else f"-{self.value}"
+
+
+# GPU architectures that there are kernels for. sm_XY is machine code; compute_80 is PTX, which
+# the driver of every later GPU translates when an artifact is loaded.
+GPUS = (*(f"sm_90a{form.suffix}" for form in Form), "sm_89", "sm_80", "compute_80")
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def test_decode_takes_two_launches_and_the_others_four() -> None:
 @pytest.mark.parametrize("arch", target.GPUS)
 @pytest.mark.parametrize("names", [(), ("fused",)])
 def test_every_token_count_has_one_variant(arch: str, names: tuple[str, ...]) -> None:
-    compact = arch.endswith((target.COMPACT, target.BOTH))
+    compact = target.resolve(f"cuda:{arch}").form is not target.Form.PLAIN
     for spec in (block(), *(() if compact else (BIASED, RARE, TABLE, block(hidden=40, inner=24)))):
         chosen = choose(backend("cuda"), names, spec, target.resolve(f"cuda:{arch}"))
         spans = sorted((tokens.low, tokens.high) for _, tokens in chosen if tokens)
@@ -210,7 +210,7 @@ def test_ranges_are_in_rows_an_expert(sizes: tuple[int, int, int, int], starts: 
 
 def test_compact_weights_have_wider_tiles_where_plain_ones_have_not() -> None:
     spec = MoESpec("bfloat16", RouterSpec(8, 2, renorm=Renorm.SUM), ExpertsSpec(8, 2, 4096, 14336))
-    for form, low in (("", None), (target.COMPACT, 544)):
+    for form, low in (("", None), ("-compact", 544), ("-both", None)):
         one = target.resolve(f"cuda:sm_90a{form}")
         spans = {s.name: t.low for s, t in choose(backend("cuda"), (), spec, one) if t}
         assert spans.get("stream256") == low

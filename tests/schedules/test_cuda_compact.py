@@ -308,7 +308,7 @@ def test_kernels_fit_the_shared_memory(name: str) -> None:
 
 @pytest.mark.parametrize("form", [target.Form.PLAIN, target.Form.COMPACT])
 def test_tiles_of_the_sort_are_those_of_the_matmuls(form: target.Form) -> None:
-    one = target.resolve("cuda:sm_90a" + (target.COMPACT if form is target.Form.COMPACT else ""))
+    one = target.resolve(f"cuda:sm_90a{form.suffix}")
     streams = [s for name, s in SCHEDULES.items() if name.startswith("stream")]
     own = [s for s in streams if s.supports(block(), one) is None]
     assert len(own) == (5 if form is target.Form.COMPACT else 4)

@@ -22,12 +22,11 @@ from ..passes.fold_gather import FoldGather
 from ..passes.fold_reduce import FoldReduce
 from ..passes.index_experts import IndexExperts
 from ..passes.loop_experts import LoopExperts
-from . import maps, mma, route, shrink, sort
-from .compact import COLUMNS, Layout
+from . import compact, maps, mma, route, shrink, sort
 from .config import CudaConfig
 from .decode import MAX_TOKENS
 from .host import entry
-from .lower import COMPACT_WEIGHTS, TENSOR_DTYPES, CudaLowering, compact_names
+from .lower import TENSOR_DTYPES, CudaLowering
 from .sort import Grid
 from .stream import StreamConfig
 
@@ -48,12 +47,12 @@ def _any(spec: MoESpec, target: Target) -> str | None:
 
 def _no_compact_form(spec: MoESpec) -> str | None:
     e, dtypes = spec.experts, {n: p.dtype for n, p in spec.parameters().items()}
-    for dtype in (dtypes[name] for name in COMPACT_WEIGHTS):
+    for dtype in (dtypes[name] for name in compact.WEIGHTS):
         if dtype != "bfloat16":
             return f"weights of {dtype} have no compact form, those of bfloat16 do"
-    if e.width % COLUMNS or e.intermediate_size % COLUMNS:
+    if e.width % compact.COLUMNS or e.intermediate_size % compact.COLUMNS:
         sizes = f"width = {e.width} or I = {e.intermediate_size}"
-        return f"{sizes} is no multiple of {COLUMNS}, the columns of a compact unit"
+        return f"{sizes} is no multiple of {compact.COLUMNS}, the columns of a compact unit"
     return None
 
 
@@ -133,7 +132,7 @@ def _from(rows: float) -> Callable[[MoESpec], TokenRange]:
 
 def _stream(
     config: StreamConfig,
-    compact: StreamConfig,
+    shrunk: StreamConfig,
     rows: float,
     grid: Grid = Grid.BLOCK,
     faster: Form = Form.COMPACT,
@@ -143,7 +142,8 @@ def _stream(
     return Schedule(
         f"stream{config.rows}", "cuda",
         f"every weight byte once, tiles of at most {config.rows} tokens on the N side of wgmma",
-        _FOLDED, CudaConfig("stream", config, config.rows, grain, grid, False, compact, faster),
+        _FOLDED,
+        CudaConfig("stream", config, config.rows, grain, grid, compact=shrunk, faster=faster),
         TokenRange(_DECODE), True, supports, _from(rows),
     )  # fmt: skip
 
@@ -220,8 +220,8 @@ def _packing(
         n: Packed(n, p.shape, p.dtype, None, len(p.shape) == 3) for n, p in parameters.items()
     }
     if target.form is not Form.PLAIN:
-        for name, own in compact_names(target.form).items():
-            symbol, layout = f"{prefix}_pack_{name}", Layout(*parameters[name].shape)
+        for name, own in compact.names(target.form).items():
+            symbol, layout = f"{prefix}_pack_{name}", compact.Layout(*parameters[name].shape)
             gated = name == "gate_up" and spec.experts.gated
             kernels[symbol] = shrink.pack(symbol, layout, gated)
             packed[own] = Packed(name, layout.shape, "int32", symbol, True)

@@ -31,6 +31,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...target import Form
+
+WEIGHTS = ("gate_up", "down")  # the parameters of a block that have this form
 STRIP, COLUMNS = 8, 64  # rows of a strip, columns of a unit
 UNIT, HALF, LANES = 768, 384, 32  # bytes, bytes
 NONE = 0xFFFF  # beyond the numbers of halves, as a spec has widths up to 2^20
@@ -38,6 +41,11 @@ EXCEPTION = 8  # bytes
 _HEAD, _LINE = 16, 128  # bytes before the exceptions of a header; of the L2
 _SHORT = 64  # units of a strip whose exceptions find room in one line
 _RARE = 1024  # of so many weights one may be an exception that finds no room in its strip
+
+
+def names(held: Form) -> dict[str, str]:
+    """What compact weights are packed as: by their own names where plain ones are not held too."""
+    return {name: name + ("_compact" if held is Form.BOTH else "") for name in WEIGHTS}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ...spec import ActivationSpec, MoESpec, SharedGate
 from ...target import Form
 from ..buffers import Kernel
 from ..program import Legalize, Lowering, origin
-from . import decode, dense, finish, loop, mma, simple, stream, thin
+from . import compact, decode, dense, finish, loop, mma, simple, stream, thin
 from . import route as route_kernel
 from . import sort as sort_kernel
 from .config import CudaConfig
@@ -33,7 +33,6 @@ from .decode_config import first_config, second_config
 from .script import quick_macros
 from .shapes import Matmul
 
-COMPACT_WEIGHTS = ("gate_up", "down")  # the parameters that have a compact form
 SMS = 132  # multiprocessors of an H100 SXM and an H200; fewer run the same grid in more waves
 
 # What tensor cores multiply; float32 weights are multiplied by float32 FMA, not rounded to TF32.
@@ -54,12 +53,6 @@ class _Made:
     each: dict[Any, Any] = field(default_factory=dict)  # rows that sum_rows will sum -> ids
 
 
-def compact_names(held: Form) -> dict[str, str]:
-    """What the compact weights are packed as: by their own names where there are no others."""
-    tail = "_compact" if held is Form.BOTH else ""
-    return {name: name + tail for name in COMPACT_WEIGHTS}
-
-
 class CudaLowering(Lowering):
     """Legalization of one block; `clusters`: the GPU has clusters of blocks (Hopper)."""
 
@@ -78,7 +71,7 @@ class CudaLowering(Lowering):
 
     def names(self, config: Any) -> Mapping[str, str]:
         """As every lowering has it."""
-        return compact_names(self.form) if config.reads(self.form) is Form.COMPACT else {}
+        return compact.names(self.form) if config.reads(self.form) is Form.COMPACT else {}
 
 
 class _Table:
